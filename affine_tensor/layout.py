@@ -37,10 +37,10 @@ _UNIT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def check_format(bits: int, group_size: int) -> None:
     """Raise ValueError unless `bits` and `group_size` are a pair this library has."""
     if bits not in BITS:
-        raise ValueError(f"bits is {bits!r}; allowed are {_join(BITS)}")
+        raise ValueError(f"bits is {bits!r}; allowed are {join(BITS)}")
     if group_size not in GROUP_SIZES:
         raise ValueError(
-            f"group_size is {group_size!r}; allowed are {_join(GROUP_SIZES)}"
+            f"group_size is {group_size!r}; allowed are {join(GROUP_SIZES)}"
         )
 
 
@@ -108,24 +108,8 @@ def quantize(
     Raises ValueError if the shape does not fit, if a weight is NaN or infinite, or if a
     group spans more than its dtype can express.
     """
-    check_format(bits, group_size)
-    if weight.dtype not in WEIGHT_DTYPES:
-        raise TypeError(
-            f"the weight is {weight.dtype}; allowed are {_join(WEIGHT_DTYPES)}. "
-            "Convert it first, with weight.float() for example"
-        )
-    if weight.dim() < 2:
-        raise ValueError(
-            f"the weight has shape {list(weight.shape)}; at least two dimensions "
-            "[..., N, K] are needed"
-        )
+    check_weight(weight, bits=bits, group_size=group_size)
     columns = weight.shape[-1]
-    reason = why_not(columns, bits=bits, group_size=group_size)
-    if reason:
-        raise ValueError(
-            f"a weight of shape {list(weight.shape)} cannot be quantized: {reason}. "
-            "Choose another group_size or leave this weight dense"
-        )
     lead = weight.shape[:-1]
     groups = columns // group_size
     packed = weight.new_empty((*lead, columns * bits // 32), dtype=torch.int32)
@@ -163,14 +147,15 @@ def dequantize(
     check_parts(packed, scales, biases, bits=bits, group_size=group_size)
     dtype = scales.dtype if dtype is None else dtype
     if dtype not in LOGICAL_DTYPES:
-        raise TypeError(f"dtype is {dtype}; allowed are {_join(LOGICAL_DTYPES)}")
+        raise TypeError(f"dtype is {dtype}; allowed are {join(LOGICAL_DTYPES)}")
     columns = scales.shape[-1] * group_size
     weight = scales.new_empty((*scales.shape[:-1], columns), dtype=dtype)
     if weight.is_meta or weight.numel() == 0:
         return weight
     work = torch.float32 if packed.device.type == "mps" else torch.float64
-    words = packed.contiguous().view(torch.int32).flatten(0, -2)  # [N, W]
-    scale, bias = scales.flatten(0, -2), biases.flatten(0, -2)  # [N, K // group_size]
+    words = packed.contiguous().view(torch.int32).view(-1, packed.shape[-1])  # [N, W]
+    scale = scales.reshape(-1, scales.shape[-1])  # [N, K // group_size]
+    bias = biases.reshape(-1, biases.shape[-1])
     output = weight.view(-1, columns)
     for part in _slices(output):
         codes = _unfold(words[part], bits).to(work)
@@ -181,6 +166,25 @@ def dequantize(
     return weight
 
 
+def check_weight(weight: Tensor, *, bits: int, group_size: int) -> None:
+    """Raise ValueError or TypeError unless this weight's shape and dtype fit."""
+    check_format(bits, group_size)
+    if weight.dtype not in WEIGHT_DTYPES:
+        raise TypeError(
+            f"the weight is {weight.dtype}; allowed are {join(WEIGHT_DTYPES)}. "
+            "Convert it first, with weight.float() for example"
+        )
+    if weight.dim() == 0:
+        raise ValueError("the weight is a single number; rows [..., K] are needed")
+    columns = weight.shape[-1]
+    reason = why_not(columns, bits=bits, group_size=group_size)
+    if reason:
+        raise ValueError(
+            f"a weight of shape {list(weight.shape)} cannot be quantized: {reason}. "
+            "Choose another group_size or leave this weight dense"
+        )
+
+
 def check_parts(
     packed: Tensor, scales: Tensor, biases: Tensor, *, bits: int, group_size: int
 ) -> None:
@@ -188,19 +192,19 @@ def check_parts(
     check_format(bits, group_size)
     if packed.dtype not in (torch.uint32, torch.int32):
         raise TypeError(f"packed words are {packed.dtype}; uint32 or int32 is needed")
-    if scales.dtype not in LOGICAL_DTYPES:
+    if scales.dtype not in WEIGHT_DTYPES:
         raise TypeError(
-            f"the scales are {scales.dtype}; allowed are {_join(LOGICAL_DTYPES)}"
+            f"the scales are {scales.dtype}; allowed are {join(WEIGHT_DTYPES)}"
         )
     if scales.dtype != biases.dtype or scales.shape != biases.shape:
         raise ValueError(
             f"scales are {scales.dtype} {list(scales.shape)} but biases are "
             f"{biases.dtype} {list(biases.shape)}; both must agree"
         )
-    if packed.dim() < 2:
+    if packed.dim() == 0 or scales.dim() == 0:
         raise ValueError(
-            f"packed has shape {list(packed.shape)}; at least two dimensions "
-            "[..., N, K * bits / 32] are needed"
+            f"packed {list(packed.shape)} and scales {list(scales.shape)} need at least "
+            "one dimension"
         )
     columns = scales.shape[-1] * group_size
     expected = (*packed.shape[:-1], scales.shape[-1])
@@ -333,5 +337,6 @@ def _check_finite(rows: Tensor, scales: Tensor, biases: Tensor) -> None:
     )
 
 
-def _join(values: tuple[object, ...]) -> str:
+def join(values: tuple[object, ...]) -> str:
+    """Values as a list in an error message."""
     return ", ".join(str(value).removeprefix("torch.") for value in values)

@@ -1,0 +1,352 @@
+"""The operators `torch.ops.affine_tensor.*`: schemas, fakes, reference, FLOP formulas.
+
+Each operator has one implementation, which asks `device_of` where it runs and takes the
+kernel that is registered for that device (`register_kernel`), or the reference below.
+The reference is plain torch: it dequantizes a block of rows at a time and lets torch
+multiply. Operators lie below autograd: gradients come from ATen's own formulas through
+`AffineQuantizedTensor`. To compilers they are opaque.
+
+Shapes: ``packed`` int32 ``[N, K * bits / 32]``, ``scales`` and ``biases``
+``[N, K / group_size]``, all with leading expert dimensions where an operator says so.
+``permutation`` (int32 ``[K]``) names, for each stored column, the input channel it
+belongs to. ``dtype`` is what the weight counts as: inputs must have it, results do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import layout
+
+Kernel = Callable[..., Any]
+
+_FORMAT = "*, int bits, int group_size, ScalarType dtype"
+_WEIGHT = "Tensor packed, Tensor scales, Tensor biases"
+_SCHEMAS = {
+    "linear": f"(Tensor x, {_WEIGHT}, Tensor? permutation=None, Tensor? bias=None, "
+    f"{_FORMAT}) -> Tensor",
+    "matmul": f"(Tensor x, {_WEIGHT}, Tensor? permutation=None, {_FORMAT}) -> Tensor",
+    "grouped_linear": f"(Tensor x, {_WEIGHT}, Tensor? permutation=None, "
+    f"Tensor? offsets=None, Tensor? indices=None, {_FORMAT}) -> Tensor",
+    "embedding": f"(Tensor ids, {_WEIGHT}, {_FORMAT}) -> Tensor",
+    "dequantize": f"({_WEIGHT}, Tensor? permutation=None, {_FORMAT}) -> Tensor",
+    "quantize": "(Tensor w, *, int bits, int group_size) -> (Tensor, Tensor, Tensor)",
+}
+
+# Elements of the weight that the reference holds dense at a time.
+_BLOCK = 1 << 22
+
+_library = torch.library.Library("affine_tensor", "DEF")
+_reference: dict[str, Kernel] = {}
+_kernels: dict[tuple[str, str], Kernel] = {}
+
+
+def device_of(tensor: Tensor) -> str:
+    """The device type whose kernel is used. The one place that tests patch."""
+    return tensor.device.type
+
+
+def register_kernel(op: str, device: str) -> Callable[[Kernel], Kernel]:
+    """Use the decorated function for operator `op` on tensors of `device`.
+
+    It takes the operator's arguments; to pass on a case that it does not cover, it may
+    call `reference(op)`.
+    """
+    if op not in _SCHEMAS:
+        raise ValueError(f"there is no operator {op!r}; there are {', '.join(_SCHEMAS)}")
+
+    def register(kernel: Kernel) -> Kernel:
+        _kernels[op, device] = kernel
+        return kernel
+
+    return register
+
+
+def reference(op: str) -> Kernel:
+    """The plain torch implementation of an operator."""
+    return _reference[op]
+
+
+def _define(name: str, fake: Kernel) -> Callable[[Kernel], Kernel]:
+    """Define an operator with the decorated function as its reference."""
+
+    def define(function: Kernel) -> Kernel:
+        def run(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            kernel = _kernels.get((name, device_of(tensor)), function)
+            return kernel(tensor, *args, **kwargs)
+
+        _reference[name] = function
+        _library.define(name + _SCHEMAS[name], tags=torch.Tag.pt2_compliant_tag)
+        for key in ("CPU", "CUDA", "MPS"):
+            _library.impl(name, run, key)
+        torch.library.register_fake(f"affine_tensor::{name}", fake, lib=_library)
+        return function
+
+    return define
+
+
+def _fake_linear(x, packed, scales, biases, permutation=None, bias=None, **format):  # type: ignore[no-untyped-def]
+    _check_input(x, scales.shape[-1] * format["group_size"], format["dtype"], "linear")
+    return x.new_empty((*x.shape[:-1], packed.shape[-2]))
+
+
+@_define("linear", _fake_linear)
+def _linear(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    biases: Tensor,
+    permutation: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``x @ W.T + bias``: x ``[..., K]``, W ``[N, K]``, result ``[..., N]``."""
+    _check_matrix(packed, "linear")
+    _check_input(x, scales.shape[-1] * group_size, dtype, "linear")
+    if permutation is not None:
+        x = x.index_select(-1, permutation)
+    y = x.new_empty((*x.shape[:-1], packed.shape[0]))  # [..., N]
+    for rows, weight in _blocks(packed, scales, biases, bits, group_size, dtype):
+        y[..., rows] = F.linear(x, weight, None if bias is None else bias[rows])
+    return y
+
+
+def _fake_matmul(x, packed, scales, biases, permutation=None, **format):  # type: ignore[no-untyped-def]
+    _check_input(x, packed.shape[-2], format["dtype"], "matmul")
+    return x.new_empty((*x.shape[:-1], scales.shape[-1] * format["group_size"]))
+
+
+@_define("matmul", _fake_matmul)
+def _matmul(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    biases: Tensor,
+    permutation: Tensor | None = None,
+    *,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``x @ W``: x ``[..., N]``, W ``[N, K]``, result ``[..., K]``."""
+    _check_matrix(packed, "matmul")
+    _check_input(x, packed.shape[0], dtype, "matmul")
+    # Sums over blocks are kept in float32 at least, and rounded once.
+    sums = torch.promote_types(dtype, torch.float32)
+    y = x.new_zeros((*x.shape[:-1], scales.shape[-1] * group_size), dtype=sums)
+    for rows, weight in _blocks(packed, scales, biases, bits, group_size, dtype):
+        y += x[..., rows] @ weight
+    y = y.to(dtype)
+    if permutation is None:
+        return y
+    return torch.empty_like(y).index_copy_(-1, permutation.long(), y)
+
+
+def _fake_grouped(
+    x, packed, scales, biases, permutation=None, offsets=None, indices=None, **format
+):  # type: ignore[no-untyped-def]
+    columns = scales.shape[-1] * format["group_size"]
+    _check_input(x, columns, format["dtype"], "grouped_linear")
+    return x.new_empty((x.shape[0], packed.shape[-2]))
+
+
+@_define("grouped_linear", _fake_grouped)
+def _grouped_linear(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    biases: Tensor,
+    permutation: Tensor | None = None,
+    offsets: Tensor | None = None,
+    indices: Tensor | None = None,
+    *,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Each row of x ``[T, K]`` times the transpose of its expert's W ``[E, N, K]``.
+
+    Either `offsets` (int ``[E]``: rows are sorted by expert and those of expert e end at
+    ``offsets[e]``; rows past the last end give zeros) or `indices` (int ``[T]``: the
+    expert of each row). Each expert may have its own permutation (``[E, K]``).
+    """
+    if packed.dim() != 3 or x.dim() != 2 or (offsets is None) == (indices is None):
+        raise ValueError(
+            "grouped_linear takes x [T, K], packed [E, N, W] and one of offsets, "
+            f"indices; x is {list(x.shape)}, packed {list(packed.shape)}"
+        )
+    _check_input(x, scales.shape[-1] * group_size, dtype, "grouped_linear")
+    y = x.new_zeros((len(x), packed.shape[1]))
+    for expert, rows in _rows_by_expert(len(packed), offsets, indices):
+        y[rows] = _linear(
+            x[rows],
+            packed[expert],
+            scales[expert],
+            biases[expert],
+            None if permutation is None else permutation[expert],
+            bits=bits,
+            group_size=group_size,
+            dtype=dtype,
+        )
+    return y
+
+
+def _fake_embedding(ids, packed, scales, biases, **format):  # type: ignore[no-untyped-def]
+    columns = scales.shape[-1] * format["group_size"]
+    return scales.new_empty((*ids.shape, columns), dtype=format["dtype"])
+
+
+@_define("embedding", _fake_embedding)
+def _embedding(
+    ids: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    biases: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows `ids` (int32 or int64, any shape) of W ``[N, K]``, result ``[*ids, K]``."""
+    _check_matrix(packed, "embedding")
+    flat = ids.reshape(-1)
+    rows = layout.dequantize(
+        packed.index_select(0, flat),
+        scales.index_select(0, flat),
+        biases.index_select(0, flat),
+        bits=bits,
+        group_size=group_size,
+        dtype=dtype,
+    )
+    return rows.view(*ids.shape, rows.shape[-1])
+
+
+def _fake_dequantize(packed, scales, biases, permutation=None, **format):  # type: ignore[no-untyped-def]
+    columns = scales.shape[-1] * format["group_size"]
+    return scales.new_empty((*packed.shape[:-1], columns), dtype=format["dtype"])
+
+
+@_define("dequantize", _fake_dequantize)
+def _dequantize(
+    packed: Tensor,
+    scales: Tensor,
+    biases: Tensor,
+    permutation: Tensor | None = None,
+    *,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The dense weight ``[..., N, K]``, its columns where the input channels are."""
+    weight = layout.dequantize(
+        packed, scales, biases, bits=bits, group_size=group_size, dtype=dtype
+    )
+    if permutation is None:
+        return weight
+    if weight.dim() > 1:
+        permutation = permutation.unsqueeze(-2)  # [..., 1, K]
+    target = permutation.long().expand_as(weight)
+    return torch.empty_like(weight).scatter_(-1, target, weight)
+
+
+def _fake_quantize(w, *, bits, group_size):  # type: ignore[no-untyped-def]
+    *lead, columns = w.shape
+    packed = w.new_empty((*lead, columns * bits // 32), dtype=torch.int32)
+    scales = w.new_empty((*lead, columns // group_size))
+    return packed, scales, torch.empty_like(scales)
+
+
+@_define("quantize", _fake_quantize)
+def _quantize(
+    w: Tensor, *, bits: int, group_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`layout.quantize`, its words as int32."""
+    packed, scales, biases = layout.quantize(w, bits=bits, group_size=group_size)
+    return packed.view(torch.int32), scales, biases
+
+
+def _blocks(
+    packed: Tensor,
+    scales: Tensor,
+    biases: Tensor,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Iterator[tuple[slice, Tensor]]:
+    """The dense weight, some rows at a time."""
+    step = max(1, _BLOCK // max(1, scales.shape[-1] * group_size))
+    for start in range(0, len(packed), step):
+        rows = slice(start, start + step)
+        yield (
+            rows,
+            layout.dequantize(
+                packed[rows],
+                scales[rows],
+                biases[rows],
+                bits=bits,
+                group_size=group_size,
+                dtype=dtype,
+            ),
+        )
+
+
+def _rows_by_expert(
+    experts: int, offsets: Tensor | None, indices: Tensor | None
+) -> Iterator[tuple[int, slice | Tensor]]:
+    """Each expert that has rows, with them."""
+    if offsets is not None:
+        ends = offsets.tolist()
+        for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+            if end > start:
+                yield expert, slice(start, end)
+    elif indices is not None:
+        for expert in indices.unique().tolist():
+            if not 0 <= expert < experts:
+                raise IndexError(f"expert {expert} is out of range: there are {experts}")
+            yield expert, (indices == expert).nonzero().squeeze(-1)
+
+
+def _check_matrix(packed: Tensor, op: str) -> None:
+    if packed.dim() != 2:
+        raise ValueError(
+            f"{op} takes a weight of two dimensions; its words are {list(packed.shape)}"
+        )
+
+
+def _check_input(x: Tensor, columns: int, dtype: torch.dtype, op: str) -> None:
+    if x.dtype != dtype:
+        raise RuntimeError(
+            f"{op}: the input is {x.dtype} and the quantized weight counts as {dtype}; "
+            f"they must agree. Convert one: x.to({dtype}) or weight.to({x.dtype}), which "
+            "keeps the packed data, or use autocast"
+        )
+    if x.dim() == 0 or x.shape[-1] != columns:
+        raise RuntimeError(
+            f"{op}: the input has shape {list(x.shape)}; its last dimension must be "
+            f"{columns}"
+        )
+
+
+@register_flop_formula(torch.ops.affine_tensor.linear)
+def _linear_flops(x_shape, packed_shape, *_, out_shape=None, **__) -> int:  # type: ignore[no-untyped-def]
+    return 2 * math.prod(x_shape) * packed_shape[-2]
+
+
+@register_flop_formula(torch.ops.affine_tensor.grouped_linear)
+def _grouped_flops(x_shape, packed_shape, *_, out_shape=None, **__) -> int:  # type: ignore[no-untyped-def]
+    return 2 * math.prod(x_shape) * packed_shape[-2]
+
+
+@register_flop_formula(torch.ops.affine_tensor.matmul)
+def _matmul_flops(x_shape, packed_shape, *_, out_shape=None, **__) -> int:  # type: ignore[no-untyped-def]
+    return 2 * math.prod(x_shape[:-1]) * math.prod(out_shape[-1:]) * packed_shape[-2]

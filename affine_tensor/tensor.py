@@ -1,0 +1,491 @@
+"""AffineQuantizedTensor: what it holds, how it is copied, moved and printed.
+
+It owns the table of aten operators; `dispatch.py` fills it.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from . import layout
+
+logger = logging.getLogger("affine_tensor")
+
+Handler = Callable[[Any, Sequence[Any], dict[str, Any]], Any]
+
+# The aten operators that know packed weights, by overload; `FALLBACK` serves the rest.
+OPS: dict[Any, Handler] = {}
+FALLBACK = "fallback"
+
+FROZEN = (
+    "A packed weight cannot be trained or changed in place. To train adapters use "
+    "prepare_for_lora(model), to change the weights themselves dequantize_(model) or, "
+    "after training adapters, merge_to_dense(model)"
+)
+
+
+def implements(*ops: Any) -> Callable[[Handler], Handler]:
+    """Enter the decorated handler into the table for each of the operators."""
+
+    def register(handler: Handler) -> Handler:
+        OPS.update(dict.fromkeys(ops, handler))
+        return handler
+
+    return register
+
+
+class AffineQuantizedTensor(torch.Tensor):
+    """A weight ``[..., N, K]`` kept as packed codes: ``w = code * scale + bias``.
+
+    It stands in for a float tensor of shape ``[..., N, K]`` and dtype `dtype`, frozen.
+    Make one with `from_dense` or `from_packed`.
+
+    Attributes:
+        packed: uint32 ``[..., N, K * bits / 32]``, see `affine_tensor.layout`.
+        scales, biases: float32, float16 or bfloat16, ``[..., N, K / group_size]``. They
+            keep the dtype that they came with, whatever `dtype` becomes.
+        permutation: int32 ``[..., K]`` or None: the input channel that each stored
+            column belongs to (GPTQ's act-order).
+        bits, group_size: see `layout.BITS`, `layout.GROUP_SIZES`.
+        transposed: whether the last two dimensions are shown exchanged.
+    """
+
+    _packed: Tensor  # int32: uint32 lacks shifts, pickling and collectives
+    scales: Tensor
+    biases: Tensor
+    permutation: Tensor | None
+    bits: int
+    group_size: int
+    transposed: bool
+    _dtype: torch.dtype  # reading .dtype costs 1 µs on a subclass, this 0.04
+
+    @staticmethod
+    def __new__(
+        cls,
+        packed: Tensor,
+        scales: Tensor,
+        biases: Tensor,
+        permutation: Tensor | None = None,
+        *,
+        bits: int,
+        group_size: int,
+        dtype: torch.dtype,
+        transposed: bool = False,
+    ) -> AffineQuantizedTensor:
+        # From the scales, since a row of them is whole groups at every width. A slice
+        # along K is non-contiguous, as it must be for .contiguous() to copy it.
+        shape = [*scales.shape[:-1], scales.shape[-1] * group_size]
+        strides = [stride * group_size for stride in scales.stride()[:-1]] + [1]
+        if transposed:
+            shape[-2:] = shape[:-3:-1]
+            strides[-2:] = strides[:-3:-1]
+        return torch.Tensor._make_wrapper_subclass(
+            cls, shape, strides=strides, dtype=dtype, device=packed.device
+        )
+
+    def __init__(
+        self,
+        packed: Tensor,
+        scales: Tensor,
+        biases: Tensor,
+        permutation: Tensor | None = None,
+        *,
+        bits: int,
+        group_size: int,
+        dtype: torch.dtype,
+        transposed: bool = False,
+    ) -> None:
+        # Unchecked: the public ways in are from_dense and from_packed.
+        self._packed = packed
+        self.scales = scales
+        self.biases = biases
+        self.permutation = permutation
+        self.bits = bits
+        self.group_size = group_size
+        self.transposed = transposed
+        self._dtype = dtype
+
+    @classmethod
+    def from_dense(
+        cls, weight: Tensor, bits: int = 4, group_size: int = 64
+    ) -> AffineQuantizedTensor:
+        """Quantize a dense weight ``[..., N, K]`` with the codes of `layout.quantize`.
+
+        float64 weights are quantized through float32 and keep float64 as their dtype.
+        Raises ValueError or TypeError as `layout.quantize` does.
+        """
+        source = weight.detach()
+        if source.dtype == torch.float64:
+            source = source.float()
+        layout.check_weight(source, bits=bits, group_size=group_size)
+        parts = torch.ops.affine_tensor.quantize(
+            source, bits=bits, group_size=group_size
+        )
+        return cls(*parts, bits=bits, group_size=group_size, dtype=weight.dtype)
+
+    @classmethod
+    def from_packed(
+        cls,
+        packed: Tensor,
+        scales: Tensor,
+        biases: Tensor,
+        *,
+        bits: int,
+        group_size: int,
+        dtype: torch.dtype | None = None,
+        permutation: Tensor | None = None,
+        transposed: bool = False,
+    ) -> AffineQuantizedTensor:
+        """Take packed parts over, without copying them.
+
+        Shapes as in the class; `packed` is uint32 or int32; `dtype` (default: that of
+        the scales) is what the tensor counts as. Raises ValueError or TypeError where
+        the parts do not fit together.
+        """
+        layout.check_parts(packed, scales, biases, bits=bits, group_size=group_size)
+        dtype = scales.dtype if dtype is None else dtype
+        if dtype not in layout.LOGICAL_DTYPES:
+            raise TypeError(
+                f"dtype is {dtype}; allowed are {layout.join(layout.LOGICAL_DTYPES)}"
+            )
+        devices = {part.device for part in (packed, scales, biases)}
+        if len(devices) > 1:
+            raise ValueError(f"the parts lie on several devices: {devices}")
+        if transposed and packed.dim() < 2:
+            raise ValueError("a tensor of one dimension cannot be transposed")
+        if permutation is not None:
+            permutation = _checked_permutation(permutation, scales, group_size)
+        return cls(
+            packed.view(torch.int32),
+            scales,
+            biases,
+            permutation,
+            bits=bits,
+            group_size=group_size,
+            dtype=dtype,
+            transposed=transposed,
+        )
+
+    @property
+    def packed(self) -> Tensor:
+        """The words, uint32 ``[..., N, K * bits / 32]``: a view of what is held."""
+        return self._packed.view(torch.uint32)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the parts take, not those of the dense tensor."""
+        return sum(part.nbytes for part in self._parts())
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
+        """The dense weight, in `dtype` or the tensor's own, rounded once."""
+        weight = torch.ops.affine_tensor.dequantize(
+            self._packed,
+            self.scales,
+            self.biases,
+            self.permutation,
+            bits=self.bits,
+            group_size=self.group_size,
+            dtype=dtype or self._dtype,
+        )
+        return weight.transpose(-1, -2) if self.transposed else weight
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        fields = {
+            "shape": list(self.shape),
+            "dtype": _short(self._dtype),
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "device": f"'{self.device}'",
+        }
+        if self.scales.dtype != self._dtype:
+            fields["scales"] = _short(self.scales.dtype)
+        if self.transposed:
+            fields["transposed"] = True
+        if self.permutation is not None:
+            fields["permutation"] = True
+        text = ", ".join(f"{name}={value}" for name, value in fields.items())
+        return f"AffineQuantizedTensor({text})"
+
+    # ---- the protocol of traceable subclasses -----------------------------------
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
+        names = ["_packed", "scales", "biases"]
+        if self.permutation is not None:
+            names.append("permutation")
+        return names, (self.bits, self.group_size, self._dtype, self.transposed)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        parts: dict[str, Tensor],
+        meta: tuple[Any, ...],
+        outer_size: object = None,
+        outer_stride: object = None,
+    ) -> AffineQuantizedTensor:
+        bits, group_size, dtype, transposed = meta
+        return AffineQuantizedTensor(
+            parts["_packed"],
+            parts["scales"],
+            parts["biases"],
+            parts.get("permutation"),
+            bits=bits,
+            group_size=group_size,
+            dtype=dtype,
+            transposed=transposed,
+        )
+
+    def _parts(self) -> list[Tensor]:
+        parts = [self._packed, self.scales, self.biases]
+        return parts if self.permutation is None else [*parts, self.permutation]
+
+    def _map(
+        self,
+        part: Callable[[Tensor], Tensor],
+        permutation: Callable[[Tensor], Tensor] | None = None,
+        **changes: Any,
+    ) -> AffineQuantizedTensor:
+        """The same function on each part; the permutation's may differ."""
+        kept = self.permutation
+        if kept is not None:
+            kept = (permutation or part)(kept)
+        fields = {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "dtype": self._dtype,
+            "transposed": self.transposed,
+        }
+        return AffineQuantizedTensor(
+            part(self._packed),
+            part(self.scales),
+            part(self.biases),
+            kept,
+            **(fields | changes),
+        )
+
+    def _stable_hash_for_caching(self) -> str:
+        """The key of AOTAutograd's cache: all that a compiled graph depends on."""
+        parts = [
+            (p.dtype, tuple(p.shape), p.stride(), p.device) for p in self._parts()
+        ]
+        key = repr((self.__tensor_flatten__(), parts))
+        return hashlib.sha256(key.encode()).hexdigest()
+
+    # ---- dispatch ---------------------------------------------------------------
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear:
+            y = _linear_without_grad(*args, **kwargs)
+            if y is not None:
+                return y
+        elif not torch.compiler.is_compiling() and func in _SETTERS:
+            return _SETTERS[func](*args)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        handler = OPS.get(func) or OPS[FALLBACK]
+        return handler(func, args, kwargs or {})
+
+    # ---- copies, files, memory --------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AffineQuantizedTensor:
+        if id(self) not in memo:
+            new = self._map(torch.clone)
+            memo[id(self)] = _with_attributes(new, copy.deepcopy(_extra(self), memo))
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        parts = {name: getattr(self, name) for name in self.__tensor_flatten__()[0]}
+        return _rebuild, (parts, self.__tensor_flatten__()[1], _extra(self))
+
+    def data_ptr(self) -> int:
+        # Wrapper subclasses have none, and host code takes two tensors with the same
+        # address for one: accelerate would tie every quantized weight to the first.
+        return self._packed.data_ptr()
+
+    def share_memory_(self) -> AffineQuantizedTensor:
+        for part in self._parts():
+            part.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        return all(part.is_shared() for part in self._parts())
+
+    def requires_grad_(self, requires_grad: bool = True) -> AffineQuantizedTensor:
+        """Raises if `requires_grad`: packed weights are frozen.
+
+        torch.nn asks all the parameters of a module alike (`Module.requires_grad_`,
+        `Parameter(t)`, `load_state_dict(assign=True)`); there a packed weight stays
+        frozen, and the log says so once, so that none is left half done.
+        """
+        if requires_grad:
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if not caller.startswith("torch.nn."):
+                raise RuntimeError(f"requires_grad_(True) on {self!r}: {FROZEN}")
+            log_once("requires_grad", "Packed weights stay frozen: %s", FROZEN)
+        return self
+
+
+_logged: set[str] = set()
+
+
+def log_once(key: str, message: str, *args: object) -> None:
+    if key not in _logged:
+        _logged.add(key)
+        logger.warning(message, *args)
+
+
+# Bound on first use: ops.py is imported beside this file, not by it.
+_linear_op: Any = None
+
+
+def _linear_without_grad(x: Any, weight: Any, bias: Any = None) -> Tensor | None:
+    """`F.linear` straight to the operator where nothing above it has a say, else None.
+
+    Saves 1 µs in inference mode and 7 under no_grad over the way through aten. The tests
+    are ordered by price. Autograd, functorch, forward AD, autocast and compilers need
+    the aten operators.
+    """
+    if (
+        type(x) is not Tensor
+        or type(weight) is not AffineQuantizedTensor
+        or weight.transposed
+        or torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_any_autocast_enabled()
+    ):
+        return None
+    if bias is not None and type(bias) is not nn.Parameter and type(bias) is not Tensor:
+        return None
+    if torch.is_grad_enabled() and (
+        x.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return None
+    global _linear_op
+    if _linear_op is None:
+        _linear_op = torch.ops.affine_tensor.linear.default
+    return _linear_op(
+        x,
+        weight._packed,
+        weight.scales,
+        weight.biases,
+        weight.permutation,
+        bias,
+        bits=weight.bits,
+        group_size=weight.group_size,
+        dtype=weight._dtype,
+    )
+
+
+def _set_data(tensor: Tensor, value: Tensor) -> None:
+    """``tensor.data = value``: torch alone would exchange the shell and keep the parts.
+
+    Swapping in another packed weight works, and a packed weight into a plain tensor or
+    the reverse does not.
+    """
+    if not (
+        isinstance(tensor, AffineQuantizedTensor)
+        and isinstance(value, AffineQuantizedTensor)
+    ):
+        raise RuntimeError(
+            f"cannot assign {_describe(value)} to the .data of {_describe(tensor)}: "
+            "their storage differs in kind. Replace the parameter itself, or use "
+            "copy_(), which quantizes; dequantize_(module) makes a module dense again, "
+            "to resize its embedding for example"
+        )
+    with torch._C.DisableTorchFunctionSubclass():
+        torch.Tensor.data.__set__(tensor, value)
+    names = [*value.__tensor_flatten__()[0], "bits", "group_size", "transposed"]
+    tensor.permutation = None
+    for name in [*names, "_dtype"]:
+        setattr(tensor, name, getattr(value, name))
+
+
+def _set_requires_grad(tensor: Tensor, value: bool) -> None:
+    if value:
+        raise RuntimeError(f"requires_grad = True on {_describe(tensor)}: {FROZEN}")
+
+
+# Each access of a descriptor's method makes a new object; they hash and compare equal.
+_SETTERS: dict[Any, Callable[..., None]] = {
+    torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
+    torch.Tensor.requires_grad.__set__: _set_requires_grad,  # type: ignore[attr-defined]
+}
+
+
+def _checked_permutation(
+    permutation: Tensor, scales: Tensor, group_size: int
+) -> Tensor:
+    columns = scales.shape[-1] * group_size
+    expected = (*scales.shape[:-2], columns)
+    if tuple(permutation.shape) != expected:
+        raise ValueError(
+            f"the permutation has shape {list(permutation.shape)}; "
+            f"{list(expected)} is needed, one entry for each column"
+        )
+    if permutation.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"the permutation is {permutation.dtype}; int32 is needed")
+    if not permutation.is_meta:
+        columns_seen = permutation.sort(dim=-1).values
+        if not bool((columns_seen == torch.arange(columns).to(columns_seen)).all()):
+            raise ValueError(
+                f"the permutation does not hold each of 0 to {columns - 1} once"
+            )
+    return permutation.to(device=scales.device, dtype=torch.int32)
+
+
+def _extra(tensor: AffineQuantizedTensor) -> dict[str, Any]:
+    """Attributes that others put on the tensor, `_is_param` among them."""
+    own = {"_packed", "scales", "biases", "permutation", "bits", "group_size"}
+    own |= {"transposed", "_dtype"}
+    return {k: v for k, v in tensor.__dict__.items() if k not in own}
+
+
+def _with_attributes(
+    tensor: AffineQuantizedTensor, attributes: dict[str, Any]
+) -> AffineQuantizedTensor:
+    for name, value in attributes.items():
+        setattr(tensor, name, value)
+    return tensor
+
+
+def _rebuild(
+    parts: dict[str, Tensor], meta: tuple[Any, ...], extra: dict[str, Any]
+) -> AffineQuantizedTensor:
+    """What pickles call. Its name and arguments are a file format."""
+    tensor = AffineQuantizedTensor.__tensor_unflatten__(parts, meta)
+    return _with_attributes(tensor, extra)
+
+
+def _describe(tensor: object) -> str:
+    if isinstance(tensor, AffineQuantizedTensor):
+        return repr(tensor)
+    if isinstance(tensor, Tensor):
+        return f"a {_short(tensor.dtype)} tensor of shape {list(tensor.shape)}"
+    return repr(tensor)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# Pickles name the class by the package, so that files outlive a move of this module.
+AffineQuantizedTensor.__module__ = "affine_tensor"
+torch.serialization.add_safe_globals([AffineQuantizedTensor, _rebuild])
