@@ -119,7 +119,9 @@ def quantize(
         return packed.view(torch.uint32), scales, biases
 
     rows = weight.reshape(-1, columns)  # [N, K]
-    outputs = [part.view(len(rows), part.shape[-1]) for part in (packed, scales, biases)]
+    outputs = [
+        part.view(len(rows), part.shape[-1]) for part in (packed, scales, biases)
+    ]
     for part in _slices(rows):
         codes, scale, bias = _quantize_rows(rows[part], bits, group_size)
         for output, value in zip(outputs, (_fold(codes, bits), scale, bias)):

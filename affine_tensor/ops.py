@@ -60,7 +60,9 @@ def register_kernel(op: str, device: str) -> Callable[[Kernel], Kernel]:
     call `reference(op)`.
     """
     if op not in _SCHEMAS:
-        raise ValueError(f"there is no operator {op!r}; there are {', '.join(_SCHEMAS)}")
+        raise ValueError(
+            f"there is no operator {op!r}; there are {', '.join(_SCHEMAS)}"
+        )
 
     def register(kernel: Kernel) -> Kernel:
         _kernels[op, device] = kernel
@@ -72,6 +74,11 @@ def register_kernel(op: str, device: str) -> Callable[[Kernel], Kernel]:
 def reference(op: str) -> Kernel:
     """The plain torch implementation of an operator."""
     return _reference[op]
+
+
+def overload(op: str) -> Any:
+    """The operator as `torch.ops` has it, looked up once rather than at each call."""
+    return getattr(torch.ops.affine_tensor, op).default
 
 
 def _define(name: str, fake: Kernel) -> Callable[[Kernel], Kernel]:
@@ -117,6 +124,8 @@ def _linear(
         x = x.index_select(-1, permutation)
     y = x.new_empty((*x.shape[:-1], packed.shape[0]))  # [..., N]
     for rows, weight in _blocks(packed, scales, biases, bits, group_size, dtype):
+        if len(weight) == len(packed):
+            return F.linear(x, weight, bias)
         y[..., rows] = F.linear(x, weight, None if bias is None else bias[rows])
     return y
 
@@ -312,7 +321,9 @@ def _rows_by_expert(
     elif indices is not None:
         for expert in indices.unique().tolist():
             if not 0 <= expert < experts:
-                raise IndexError(f"expert {expert} is out of range: there are {experts}")
+                raise IndexError(
+                    f"expert {expert} is out of range: there are {experts}"
+                )
             yield expert, (indices == expert).nonzero().squeeze(-1)
 
 

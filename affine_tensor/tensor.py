@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from . import layout
+from . import layout, ops
 
 logger = logging.getLogger("affine_tensor")
 
@@ -273,9 +273,7 @@ class AffineQuantizedTensor(torch.Tensor):
 
     def _stable_hash_for_caching(self) -> str:
         """The key of AOTAutograd's cache: all that a compiled graph depends on."""
-        parts = [
-            (p.dtype, tuple(p.shape), p.stride(), p.device) for p in self._parts()
-        ]
+        parts = [(p.dtype, tuple(p.shape), p.stride(), p.device) for p in self._parts()]
         key = repr((self.__tensor_flatten__(), parts))
         return hashlib.sha256(key.encode()).hexdigest()
 
@@ -351,8 +349,7 @@ def log_once(key: str, message: str, *args: object) -> None:
         logger.warning(message, *args)
 
 
-# Bound on first use: ops.py is imported beside this file, not by it.
-_linear_op: Any = None
+_linear_op = ops.overload("linear")
 
 
 def _linear_without_grad(x: Any, weight: Any, bias: Any = None) -> Tensor | None:
@@ -378,9 +375,6 @@ def _linear_without_grad(x: Any, weight: Any, bias: Any = None) -> Tensor | None
         x.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return None
-    global _linear_op
-    if _linear_op is None:
-        _linear_op = torch.ops.affine_tensor.linear.default
     return _linear_op(
         x,
         weight._packed,

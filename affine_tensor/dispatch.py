@@ -1,0 +1,705 @@
+"""What each aten operator does with packed weights: one handler per family.
+
+A handler takes ``(func, args, kwargs)`` as `__torch_dispatch__` gets them. Dimensions
+are those of the tensor as it is shown; `_stored` maps them to those of the parts, which
+differ where the tensor is transposed. Operators that are not here dequantize, say so
+once in the log, and run on the dense weight; those that write into a packed weight
+raise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_map_only
+
+from . import layout, ops
+from .tensor import FALLBACK, FROZEN, AffineQuantizedTensor, implements, log_once
+
+aten = torch.ops.aten
+
+_linear = ops.overload("linear")
+_matmul = ops.overload("matmul")
+_grouped_linear = ops.overload("grouped_linear")
+_embedding = ops.overload("embedding")
+
+_ALL = slice(None)
+
+
+def _is_packed(value: object) -> bool:
+    return isinstance(value, AffineQuantizedTensor)
+
+
+def _format(weight: AffineQuantizedTensor) -> dict[str, Any]:
+    return {
+        "bits": weight.bits,
+        "group_size": weight.group_size,
+        "dtype": weight._dtype,
+    }
+
+
+# ---- everything else ------------------------------------------------------------
+
+
+@implements(FALLBACK)
+def _fallback(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Take the operator apart, or run it on dense weights."""
+    if getattr(func, "_can_decompose", lambda: False)():
+        # Composite operators arrive whole in inference mode, as parts otherwise.
+        return func.decompose(*args, **kwargs)
+    if func.namespace not in ("aten", "prims", "prim"):
+        raise NotImplementedError(
+            f"{func} does not know packed weights. Give it weight.dequantize()"
+        )
+    _refuse_to_write(func, args, kwargs)
+    log_once(
+        str(func),
+        "%s dequantizes a packed weight on each call: it has no kernel for one",
+        func,
+    )
+    args, kwargs = tree_map_only(
+        AffineQuantizedTensor, lambda weight: weight.dequantize(), (args, kwargs)
+    )
+    with _outside_inference_mode():
+        return func(*args, **kwargs)
+
+
+def _outside_inference_mode() -> Any:
+    """A view's result must not be an inference tensor where its base is none."""
+    if torch.is_inference_mode_enabled():
+        return torch.inference_mode(False)
+    return nullcontext()
+
+
+def _refuse_to_write(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Raise if `func` would write into a packed weight."""
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = (
+            args[position] if position < len(args) else kwargs.get(argument.name, None)
+        )
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if any(_is_packed(v) for v in values):
+            raise NotImplementedError(f"{func} on a packed weight: {FROZEN}")
+
+
+def _dense(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """A known operator in a form that only the dense weight has."""
+    return _fallback(func, args, kwargs)
+
+
+# ---- products -------------------------------------------------------------------
+
+
+@implements(aten.linear.default)
+def _aten_linear(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    x, weight, bias = _arguments(func, args, kwargs)
+    if not _is_packed(weight) or weight.dim() != 2 or _is_packed(x) or _is_packed(bias):
+        return func.decompose(*args, **kwargs)
+    if weight.transposed:
+        y = _times(x, weight, to_rows=True)
+        return y if bias is None else y + bias
+    return _linear(
+        x,
+        weight._packed,
+        weight.scales,
+        weight.biases,
+        weight.permutation,
+        bias,
+        **_format(weight),
+    )
+
+
+def _times(x: Tensor, weight: AffineQuantizedTensor, *, to_rows: bool) -> Tensor:
+    """``x @ weight.T`` if `to_rows`, else ``x @ weight``, of the tensor as shown."""
+    op = _linear if to_rows != weight.transposed else _matmul
+    parts = (weight._packed, weight.scales, weight.biases, weight.permutation)
+    return op(x, *parts, **_format(weight))
+
+
+@implements(aten.mm.default, aten.mv.default)
+def _mm(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    left, right = _arguments(func, args, kwargs)[:2]
+    if _is_packed(left) == _is_packed(right):
+        return _dense(func, args, kwargs)
+    if _is_packed(right):
+        if right.dim() != 2:
+            return _dense(func, args, kwargs)
+        return _times(left, right, to_rows=False)
+    # The weight on the left: autograd writes it for column-major inputs.
+    if right.dim() == 1:
+        return _times(right, left, to_rows=True)
+    return _times(right.t(), left, to_rows=True).t()
+
+
+@implements(aten.addmm.default)
+def _addmm(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    added, left, right, beta, alpha = _arguments(func, args, kwargs)[:5]
+    if _is_packed(added) or _is_packed(left) == _is_packed(right):
+        return _dense(func, args, kwargs)
+    if _is_packed(right) and right.transposed and added.dim() == 1:
+        if beta == 1 and alpha == 1 and added.dtype == right._dtype:
+            parts = (right._packed, right.scales, right.biases, right.permutation)
+            return _linear(left, *parts, added, **_format(right))
+    product = _mm(aten.mm.default, (left, right), {})
+    if alpha != 1:
+        product = product * alpha
+    if beta == 0:  # as in BLAS, what is added is then ignored, NaN included
+        return product.clone()
+    return torch.add(product, added, alpha=beta)
+
+
+@implements(aten.bmm.default)
+def _bmm(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    left, right = _arguments(func, args, kwargs)[:2]
+    if _is_packed(left) == _is_packed(right):
+        return _dense(func, args, kwargs)
+    if left.shape[0] != right.shape[0] or left.shape[2] != right.shape[1]:
+        raise RuntimeError(
+            f"bmm: {list(left.shape)} and {list(right.shape)} do not fit together"
+        )
+    # One expert at a time: all of them dense could be larger than memory.
+    pairs = zip(left.unbind(0), right.unbind(0), strict=True)
+    return torch.stack([_mm(aten.mm.default, pair, {}) for pair in pairs])
+
+
+@implements(aten._grouped_mm.default)
+def _grouped_mm(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    x, weight, offsets, bias, dtype = _arguments(func, args, kwargs)[:5]
+    if not _is_packed(weight) or _is_packed(x) or weight.dim() != 3 or x.dim() != 2:
+        return _dense(func, args, kwargs)
+    if bias is not None or offsets is None:
+        return _dense(func, args, kwargs)
+    if weight.transposed:
+        parts = (weight._packed, weight.scales, weight.biases, weight.permutation)
+        y = _grouped_linear(x, *parts, offsets, **_format(weight))
+    else:
+        y = _grouped_matmul(x, weight, offsets)
+    return y if dtype is None else y.to(dtype)
+
+
+def _grouped_matmul(
+    x: Tensor, weight: AffineQuantizedTensor, offsets: Tensor
+) -> Tensor:
+    """x ``[T, N]`` sorted by expert, weight ``[E, N, K]``: the gradient's form."""
+    y = x.new_zeros((x.shape[0], weight.shape[-1]))
+    start = 0
+    for expert, end in zip(weight.unbind(0), offsets.tolist(), strict=True):
+        if end > start:
+            y[start:end] = _mm(aten.mm.default, (x[start:end], expert), {})
+        start = end
+    return y
+
+
+@implements(aten.embedding.default)
+def _aten_embedding(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    weight, ids = _arguments(func, args, kwargs)[:2]
+    if not _is_packed(weight) or weight.dim() != 2 or weight.transposed:
+        return _dense(func, args, kwargs)
+    if weight.permutation is not None:
+        return (
+            _take_rows(weight, 0, ids.reshape(-1)).dequantize().unflatten(0, ids.shape)
+        )
+    parts = (weight._packed, weight.scales, weight.biases)
+    return _embedding(ids, *parts, **_format(weight))
+
+
+@implements(aten.embedding_renorm_.default)
+def _embedding_renorm(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    raise NotImplementedError(
+        "an embedding with max_norm rewrites its weight on each call, which a packed "
+        "weight cannot do. Set max_norm to None, or leave this embedding dense"
+    )
+
+
+# ---- copies ---------------------------------------------------------------------
+
+
+@implements(aten.detach.default, aten.alias.default, aten.lift_fresh.default)
+def _alias(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    new = _view(args[0], lambda part: func(part))
+    return return_and_correct_aliasing(func, args, kwargs, new)
+
+
+@implements(aten.clone.default)
+def _clone(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    weight = args[0]
+    memory_format = kwargs.get("memory_format") or torch.preserve_format
+    if memory_format == torch.contiguous_format and weight.transposed:
+        return _dense(func, args, kwargs)  # row-major along the wrong axis for groups
+    return weight._map(lambda part: part.clone(memory_format=memory_format))
+
+
+@implements(aten._to_copy.default)
+def _to_copy(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """A float dtype renames and shares the parts; a device moves them."""
+    weight = args[0]
+    dtype = kwargs.get("dtype") or weight._dtype
+    if dtype not in layout.LOGICAL_DTYPES or kwargs.get("layout") not in (
+        None,
+        torch.strided,
+    ):
+        return _dense(func, args, kwargs)
+    moves = {k: kwargs[k] for k in ("device", "pin_memory") if kwargs.get(k)}
+    device = torch.device(moves.get("device", weight.device))
+    if device.type == weight.device.type and device.index is None:
+        device = weight.device
+    if dtype != weight._dtype and device == weight.device and "pin_memory" not in moves:
+        return weight._map(aten.alias.default, dtype=dtype)
+    if kwargs.get("memory_format") == torch.contiguous_format and weight.transposed:
+        return _dense(func, args, kwargs)
+    moves["non_blocking"] = kwargs.get("non_blocking", False)
+    return weight._map(lambda part: aten._to_copy.default(part, **moves), dtype=dtype)
+
+
+@implements(aten.copy_.default)
+def _copy(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Packed into packed copies parts; float into packed quantizes; else dequantizes."""
+    target, source = args[:2]
+    non_blocking = _arguments(func, args, kwargs)[2]
+    if not _is_packed(target):
+        return target.copy_(source.dequantize(), non_blocking)
+    if not _is_packed(source):
+        source = _quantized_like(target, source)
+    _check_same_format(target, source)
+    for to, part in zip(target._parts(), source._parts(), strict=True):
+        to.copy_(part, non_blocking)
+    return return_and_correct_aliasing(func, args, kwargs, target)
+
+
+def _quantized_like(target: AffineQuantizedTensor, source: Tensor) -> Tensor:
+    """A float source in the packed format of `target`."""
+    if not source.is_floating_point():
+        raise TypeError(f"copy_ of a {source.dtype} tensor into {target!r}")
+    source = source.detach().expand(target.shape)
+    if target.transposed:
+        source = source.transpose(-1, -2)
+    if target.permutation is not None:
+        order = target.permutation.long().unsqueeze(-2) if target.dim() > 1 else None
+        order = target.permutation.long() if order is None else order
+        source = source.gather(-1, order.expand_as(source))
+    new = AffineQuantizedTensor.from_dense(
+        source.to(target.scales.dtype), target.bits, target.group_size
+    )
+    new.permutation = target.permutation
+    new.transposed = target.transposed
+    return new
+
+
+def _check_same_format(
+    target: AffineQuantizedTensor, source: AffineQuantizedTensor
+) -> None:
+    same = (
+        _stored_format(target) == _stored_format(source)
+        and target._packed.shape == source._packed.shape
+    )
+    if not same:
+        raise RuntimeError(
+            f"copy_ of {source!r} into {target!r}: bits, group_size, shape, dtype of "
+            "the scales, transposition and permutation must agree. Replace the "
+            "parameter instead, with load_state_dict(..., assign=True) for example"
+        )
+
+
+def _stored_format(weight: AffineQuantizedTensor) -> tuple[Any, ...]:
+    has_permutation = weight.permutation is not None
+    return (
+        weight.bits,
+        weight.group_size,
+        weight.scales.dtype,
+        weight.transposed,
+        has_permutation,
+    )
+
+
+@implements(aten.empty_like.default)
+def _empty_like(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    weight = args[0]
+    dtype = kwargs.get("dtype") or weight._dtype
+    if dtype not in layout.LOGICAL_DTYPES:
+        return _dense(func, args, kwargs)
+    options = {k: kwargs[k] for k in ("device", "pin_memory") if k in kwargs}
+    return weight._map(lambda part: torch.empty_like(part, **options), dtype=dtype)
+
+
+@implements(aten.equal.default)
+def _equal(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    left, right = args[:2]
+    if _is_packed(left) and _is_packed(right) and left.shape == right.shape:
+        if _stored_format(left) == _stored_format(right):
+            pairs = zip(left._parts(), right._parts(), strict=True)
+            if left._dtype == right._dtype and all(a.equal(b) for a, b in pairs):
+                return True
+    dense = [t.dequantize() if _is_packed(t) else t for t in (left, right)]
+    return torch.equal(*dense)
+
+
+@implements(aten.is_pinned.default)
+def _is_pinned(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    return all(func(part, *args[1:], **kwargs) for part in args[0]._parts())
+
+
+@implements(aten._pin_memory.default)
+def _pin_memory(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    return args[0]._map(lambda part: func(part, *args[1:], **kwargs))
+
+
+@implements(aten.record_stream.default)
+def _record_stream(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    for part in args[0]._parts():
+        func(part, *args[1:], **kwargs)
+
+
+# ---- views ----------------------------------------------------------------------
+
+
+def _view(
+    weight: AffineQuantizedTensor,
+    part: Callable[[Tensor], Tensor],
+    permutation: Callable[[Tensor], Tensor] | None = None,
+    **changes: Any,
+) -> AffineQuantizedTensor:
+    """`_map` for operators that return views."""
+    if torch.is_inference_mode_enabled() and not weight.is_inference():
+        with torch.inference_mode(False):
+            return weight._map(part, permutation, **changes)
+    return weight._map(part, permutation, **changes)
+
+
+def _stored(weight: AffineQuantizedTensor, dim: int) -> int:
+    """The dimension of the parts behind dimension `dim`, from 0."""
+    rank = weight.dim()
+    if not -rank <= dim < rank:
+        raise IndexError(f"dimension {dim} is out of range for {rank} dimensions")
+    dim %= rank
+    if weight.transposed and dim >= rank - 2:
+        return 2 * rank - 3 - dim
+    return dim
+
+
+def _keep(part: Tensor) -> Tensor:
+    return part
+
+
+@implements(aten.t.default, aten.transpose.int)
+def _transpose(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    weight = args[0]
+    rank = weight.dim()
+    if rank == 1:
+        return _alias(aten.alias.default, (weight,), {})
+    first, second = (0, 1) if func is aten.t.default else args[1:3]
+    order = list(range(rank))
+    first, second = first % rank, second % rank
+    order[first], order[second] = second, first
+    return _permuted(func, args, kwargs, order)
+
+
+@implements(aten.permute.default)
+def _permute(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    rank = args[0].dim()
+    order = [dim % rank for dim in args[1]]
+    return _permuted(func, args, kwargs, order)
+
+
+def _permuted(
+    func: Any, args: Sequence[Any], kwargs: dict[str, Any], order: list[int]
+) -> Any:
+    """Any order of the leading dimensions, and of the last two."""
+    weight, rank = args[0], args[0].dim()
+    last = list(range(rank))[-2:]
+    if sorted(order[-2:]) != last:
+        return _dense(func, args, kwargs)
+    lead = order[: rank - 2]
+    flips = order[-2:] != last
+    new = _view(
+        weight,
+        lambda part: part.permute(*lead, *last),
+        lambda order: order.permute(*lead, rank - 2),
+        transposed=weight.transposed != flips,
+    )
+    return return_and_correct_aliasing(func, args, kwargs, new)
+
+
+@implements(aten.slice.Tensor)
+def _slice(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    weight, dim, start, end, step = _arguments(func, args, kwargs)
+    start, end, step = slice(start, end, step).indices(weight.shape[dim])
+    new = _sliced(weight, _stored(weight, dim), start, max(start, end), step)
+    if new is None:
+        return _dense(func, args, kwargs)
+    return return_and_correct_aliasing(func, args, kwargs, new)
+
+
+def _sliced(
+    weight: AffineQuantizedTensor, dim: int, start: int, end: int, step: int = 1
+) -> AffineQuantizedTensor | None:
+    """A slice along dimension `dim` of the parts, or None where it is not packed."""
+    rank = weight.dim()
+    if dim < rank - 1:
+        cut = (_ALL,) * dim + (slice(start, end, step),)
+        own = dim < rank - 2  # experts have a permutation each, rows share one
+        return _view(
+            weight, lambda part: part[cut], (lambda p: p[cut]) if own else _keep
+        )
+    if step != 1 or weight.permutation is not None or start == end:
+        return None
+    bits, group = weight.bits, weight.group_size
+    if start % group or end % group or start * bits % 32 or end * bits % 32:
+        return None
+    words = slice(start * bits // 32, end * bits // 32)
+    groups = slice(start // group, end // group)
+
+    def cut_columns(part: Tensor) -> Tensor:
+        return part[..., words if part is weight._packed else groups]
+
+    return _view(weight, cut_columns)
+
+
+@implements(aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int)
+def _split(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Views made of slices; dense where one of them would be."""
+    arguments = _arguments(func, args, kwargs)
+    weight, dim = arguments[0], arguments[-1]
+    size = weight.shape[dim]
+    if func is aten.unbind.int:
+        return [_select_view(weight, dim, index) for index in range(size)]
+    sizes = arguments[1]
+    if isinstance(sizes, int):
+        whole = range(0, max(size, 1), sizes) if sizes else [0]
+        sizes = [min(sizes, size - start) for start in whole]
+    if sum(sizes) != size:
+        raise RuntimeError(f"split of {size} into {sizes}: the sizes must add up")
+    stored, pieces, start = _stored(weight, dim), [], 0
+    for length in sizes:
+        pieces.append(_sliced(weight, stored, start, start + length))
+        start += length
+    if any(piece is None for piece in pieces):
+        return _dense(func, args, kwargs)
+    return return_and_correct_aliasing(func, args, kwargs, pieces)
+
+
+@implements(aten.select.int)
+def _select(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    new = _select_view(*args[:3])
+    if _is_packed(new):
+        return return_and_correct_aliasing(func, args, kwargs, new)
+    return new
+
+
+def _select_view(weight: AffineQuantizedTensor, dim: int, index: int) -> Tensor:
+    stored, rank = _stored(weight, dim), weight.dim()
+    size = weight.shape[dim]
+    if not -size <= index < size:
+        raise IndexError(f"index {index} is out of range for {size} entries")
+    at = (_ALL,) * stored + (index % size,)
+    if stored < rank - 2:
+        return _view(weight, lambda part: part[at])
+    if stored == rank - 2 and (weight.permutation is None or rank == 2):
+        return _view(weight, lambda part: part[at], _keep, transposed=False)
+    return cast(
+        Tensor, _dense(aten.select.int, (weight, dim, index), {})
+    )  # one column of codes is no packed tensor
+
+
+@implements(aten.unsqueeze.default)
+def _unsqueeze(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    weight, dim = args[:2]
+    rank = weight.dim()
+    dim = dim % (rank + 1)
+    if dim > max(rank - 2, 0):
+        return _dense(func, args, kwargs)
+    permutation = None if rank > 1 else _keep
+    new = _view(weight, lambda part: part.unsqueeze(dim), permutation)
+    return return_and_correct_aliasing(func, args, kwargs, new)
+
+
+@implements(aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
+def _squeeze(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    weight, rank = args[0], args[0].dim()
+    dims = args[1] if len(args) > 1 else list(range(rank))
+    dims = [dims] if isinstance(dims, int) else dims
+    gone = {d % rank for d in dims if weight.shape[d] == 1}
+    if any(d >= rank - 2 for d in gone):
+        return _dense(func, args, kwargs)
+    order = sorted(gone, reverse=True)
+
+    def squeeze(part: Tensor) -> Tensor:
+        for dim in order:
+            part = part.squeeze(dim)
+        return part
+
+    new = _view(weight, squeeze)
+    return return_and_correct_aliasing(func, args, kwargs, new)
+
+
+@implements(aten.expand.default)
+def _expand(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Leading dimensions only."""
+    weight, sizes = args[0], list(args[1])
+    rank = weight.dim()
+    kept = [s if s != -1 else 0 for s in sizes[-2:]]
+    same = [s in (0, own) for s, own in zip(kept, weight.shape[-2:], strict=False)]
+    if rank < 2 or len(sizes) < rank or not all(same):
+        return _dense(func, args, kwargs)
+    lead = sizes[:-2]
+    new = _view(
+        weight,
+        lambda part: part.expand(*lead, -1, -1),
+        lambda order: order.expand(*lead, -1),
+    )
+    return return_and_correct_aliasing(func, args, kwargs, new)
+
+
+@implements(aten.view.default, aten._unsafe_view.default)
+def _reshape(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Any shape whose rows are whole groups and whole words."""
+    weight, size = args[0], list(args[1])
+    if -1 in size:
+        known = math.prod(s for s in size if s != -1)
+        size[size.index(-1)] = weight.numel() // known if known else 0
+    if list(weight.shape) == size:
+        return _alias(aten.alias.default, (weight,), {})
+    columns = size[-1] if size else 0
+    bits, group = weight.bits, weight.group_size
+    if (
+        weight.transposed
+        or math.prod(size) != weight.numel()
+        or layout.why_not(columns, bits=bits, group_size=group)
+        or (weight.permutation is not None and not _keeps_rows(weight, size))
+    ):
+        return _dense(func, args, kwargs)
+
+    def reshape(part: Tensor) -> Tensor:
+        width = columns * bits // 32 if part is weight._packed else columns // group
+        return part.view(*size[:-1], width)
+
+    new = _view(weight, reshape, lambda order: order.view(*size[:-2], columns))
+    return return_and_correct_aliasing(func, args, kwargs, new)
+
+
+def _keeps_rows(weight: AffineQuantizedTensor, size: list[int]) -> bool:
+    return len(size) > 1 and size[-2:] == list(weight.shape[-2:])
+
+
+@implements(aten.as_strided.default)
+def _as_strided(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    weight, size, stride = args[:3]
+    offset = _arguments(func, args, kwargs)[3]
+    if (tuple(size), tuple(stride)) != (weight.shape, weight.stride()) or offset:
+        return _dense(func, args, kwargs)
+    return _alias(aten.alias.default, (weight,), {})
+
+
+# ---- gathers and joins ----------------------------------------------------------
+
+
+@implements(aten.index_select.default)
+def _index_select(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    weight, dim, index = args[:3]
+    if not _is_packed(weight) or _stored(weight, dim) == weight.dim() - 1:
+        return _dense(func, args, kwargs)
+    return _take_rows(weight, _stored(weight, dim), index)
+
+
+def _take_rows(
+    weight: AffineQuantizedTensor, dim: int, index: Tensor
+) -> AffineQuantizedTensor:
+    """Entries `index` (one dimension) along dimension `dim` of the parts, not K."""
+    own = dim < weight.dim() - 2
+    return weight._map(
+        lambda part: part.index_select(dim, index),
+        (lambda order: order.index_select(dim, index)) if own else _keep,
+    )
+
+
+@implements(aten.index.Tensor)
+def _index(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """``weight[index]`` with one tensor on the first dimension, unless that is K."""
+    weight, indices = args[:2]
+    if not _is_packed(weight) or indices[0] is None or len(indices) > 1:
+        return _dense(func, args, kwargs)
+    index, rank = indices[0], weight.dim()
+    rows = rank == 2
+    shares = rows and weight.permutation is not None and index.dim() != 1
+    if _stored(weight, 0) == rank - 1 or index.dim() == 0 or shares:
+        return _dense(func, args, kwargs)
+    if index.dtype in (torch.bool, torch.uint8) and index.dim() != 1:
+        return _dense(func, args, kwargs)
+    return weight._map(lambda part: part[index], _keep if rows else None)
+
+
+@implements(aten.cat.default)
+def _cat(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    weights, dim = _arguments(func, args, kwargs)
+    if not _alike(weights):
+        return _dense(func, args, kwargs)
+    first, rank = weights[0], weights[0].dim()
+    stored = _stored(first, dim)
+    if stored == rank - 1 and first.permutation is not None:
+        return _dense(func, args, kwargs)
+    own = stored < rank - 2
+    return _joined(weights, lambda parts: torch.cat(parts, stored), own)
+
+
+@implements(aten.stack.default)
+def _stack(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    weights, dim = _arguments(func, args, kwargs)
+    rank = weights[0].dim()
+    stored = dim % (rank + 1)
+    if not _alike(weights) or rank < 2 or stored > rank - 2:
+        return _dense(func, args, kwargs)
+    return _joined(weights, lambda parts: torch.stack(parts, stored), True)
+
+
+def _alike(weights: Sequence[Any]) -> bool:
+    """Whether all are packed in one format and so can be joined."""
+    if not all(_is_packed(weight) for weight in weights):
+        return False
+    formats = {(*_stored_format(w), w._dtype, w.dim()) for w in weights}
+    return len(formats) == 1
+
+
+def _joined(
+    weights: Sequence[AffineQuantizedTensor],
+    join: Callable[[list[Tensor]], Tensor],
+    own: bool,
+) -> Any:
+    """The parts joined; permutations too, or equal where the weights share one."""
+    first = weights[0]
+    permutation = first.permutation
+    orders = [w.permutation for w in weights if w.permutation is not None]
+    if orders and own:
+        permutation = join(orders)
+    elif any(o is not permutation and not torch.equal(o, orders[0]) for o in orders):
+        raise ValueError(
+            "weights with different permutations cannot be joined along their rows; "
+            "dequantize() them first"
+        )
+    return AffineQuantizedTensor(
+        join([w._packed for w in weights]),
+        join([w.scales for w in weights]),
+        join([w.biases for w in weights]),
+        permutation,
+        **_format(first),
+        transposed=first.transposed,
+    )
+
+
+def _arguments(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """All arguments in the order of the schema, defaults filled in."""
+    declared = func._schema.arguments
+    rest = declared[len(args) :]
+    return [
+        *args,
+        *(
+            kwargs.get(a.name, a.default_value if a.has_default_value() else None)
+            for a in rest
+        ),
+    ]
