@@ -1,0 +1,253 @@
+"""A stand-in for the Hugging Face Hub on 127.0.0.1, for tests without a network.
+
+    with HubServer({"org/model": folder}) as server:
+        use_hub(monkeypatch, server)
+        huggingface_hub.snapshot_download("org/model")
+        assert server.downloads == ["config.json"]
+
+Commits are hashes of the files as they are: to make one, change a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import socketserver
+import tempfile
+import threading
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
+
+REVOKED_TOKEN = "hf_revoked"  # unlike one without access, refused on public repos too
+_ROUTE = re.compile(
+    r"(?:/api/models)?/(?P<repo>[^/]+(?:/[^/]+)?)"
+    r"(?:/(?P<what>revision|tree|resolve)/(?P<revision>[^/]+)(?:/(?P<path>.+))?)?"
+)
+_Reply = tuple[int, dict[str, str], bytes]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request and how it was answered; ``token``: whether one was sent."""
+
+    method: str
+    path: str
+    status: int
+    token: bool
+    range: str | None
+
+
+class HubServer:
+    """Serves model repos, each of them a folder or one folder per revision.
+
+    ``token`` opens the repos in ``private`` (hidden from everyone else) and in
+    ``gated`` (listed for everyone, files refused). ``home`` is a scratch folder.
+    """
+
+    def __init__(
+        self,
+        repos: Mapping[str, Path | Mapping[str, Path]],
+        token: str | None = None,
+        *,
+        private: Collection[str] = (),
+        gated: Collection[str] = (),
+    ) -> None:
+        self.repos = {
+            name: source if isinstance(source, Mapping) else {"main": source}
+            for name, source in repos.items()
+        }
+        self.token, self.private, self.gated = token, private, gated
+        self.requests: list[Request] = []
+        self._cuts: dict[str, int] = {}
+
+    def __enter__(self) -> HubServer:
+        self._scratch = tempfile.TemporaryDirectory()
+        self.home = Path(self._scratch.name)
+        self._http = _Http(("127.0.0.1", 0), _Handler)
+        self._http.hub = self
+        self.endpoint = f"http://127.0.0.1:{self._http.server_address[1]}"
+        threading.Thread(target=self._http.serve_forever, args=(0.01,)).start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+        self._scratch.cleanup()
+
+    def stop(self) -> None:
+        """Refuse connections from now on, as a Hub that is down does."""
+        self._http.shutdown()
+        self._http.server_close()
+
+    def cut(self, filename: str, after: int) -> None:
+        """Break the connection after so many bytes of the file's next download."""
+        self._cuts[filename] = after
+
+    @property
+    def downloads(self) -> list[str]:
+        """Names of the files whose contents were sent, in order."""
+        served = (r for r in self.requests if r.method == "GET" and r.status < 300)
+        routes = (_ROUTE.fullmatch(r.path) for r in served)
+        return [unquote(m["path"]) for m in routes if m and m["what"] == "resolve"]
+
+    def snapshot(
+        self, repo: str, revision: str = "main"
+    ) -> tuple[str, dict[str, bytes]]:
+        """The commit hash and the files of a revision; KeyError if there is none."""
+        for name, folder in self.repos[repo].items():
+            paths = sorted(p for p in folder.rglob("*") if p.is_file())
+            files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in paths}
+            listing = "".join(f"{_blob_id(d)} {path}\n" for path, d in files.items())
+            commit = hashlib.sha1(listing.encode()).hexdigest()
+            if revision in (name, commit):
+                return commit, files
+        raise KeyError(revision)
+
+
+class _Http(ThreadingHTTPServer):
+    hub: HubServer
+    request_queue_size = 64  # snapshot_download connects from eight threads at once
+
+    def server_bind(self) -> None:
+        # HTTPServer's own looks up the host's name, which can take seconds.
+        socketserver.TCPServer.server_bind(self)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Speaks HTTP/1.0, so that no open connection outlives the server."""
+
+    server: _Http
+
+    def do_GET(self) -> None:
+        url = urlsplit(self.path)
+        route = _ROUTE.fullmatch(url.path)
+        status, headers, body = self._reply(route, parse_qs(url.query))
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            path = unquote(route["path"] or "") if route else ""
+            self.wfile.write(body[: self.server.hub._cuts.pop(path, None)])
+
+    do_HEAD = do_GET
+
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        path, token = urlsplit(self.path).path, "Authorization" in self.headers
+        request = Request(self.command, path, int(code), token, self.headers["Range"])
+        self.server.hub.requests.append(request)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def _reply(self, route: re.Match[str] | None, query: dict[str, Any]) -> _Reply:
+        hub, sent = self.server.hub, self.headers["Authorization"]
+        if sent == f"Bearer {REVOKED_TOKEN}":
+            return _refuse(401, "", "Invalid credentials in Authorization header")
+        if route is None or (repo := unquote(route["repo"])) not in hub.repos:
+            return _refuse(404, "RepoNotFound", "Repository not found")
+        what, path = route["what"], unquote(route["path"] or "")
+        if hub.token is None or sent != f"Bearer {hub.token}":
+            if repo in hub.private:
+                return _refuse(401, "RepoNotFound", "Repository not found")
+            if repo in hub.gated and what == "resolve":
+                return _refuse(401, "GatedRepo", f"Access to {repo} is restricted")
+        try:
+            commit, files = hub.snapshot(repo, unquote(route["revision"] or "main"))
+        except KeyError as error:
+            return _refuse(404, "RevisionNotFound", f"Invalid rev id: {error}")
+        if what == "resolve" and path in files:
+            return _contents(files[path], commit, self.headers["Range"])
+        if what == "tree" and (tree := _tree(files, path, "true" in str(query))):
+            return _json(tree)
+        if what in ("tree", "resolve"):
+            # Knowing the commit, the client remembers that the file is missing.
+            return _refuse(404, "EntryNotFound", "Entry not found", commit)
+        flags = {"private": repo in hub.private, "gated": repo in hub.gated}
+        siblings = [{"rfilename": name} for name in files]
+        return _json({"id": repo, "sha": commit, "siblings": siblings, **flags})
+
+
+def _blob_id(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def _refuse(status: int, code: str, message: str, commit: str = "") -> _Reply:
+    headers = {"X-Error-Code": code, "X-Error-Message": message}
+    headers["X-Repo-Commit"] = commit
+    return status, {name: value for name, value in headers.items() if value}, b""
+
+
+def _json(data: object) -> _Reply:
+    return 200, {"Content-Type": "application/json"}, json.dumps(data).encode()
+
+
+def _contents(data: bytes, commit: str, wanted: str | None) -> _Reply:
+    headers = {"ETag": f'"{_blob_id(data)}"', "X-Repo-Commit": commit}
+    part = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted or "")
+    if part is None:
+        return 200, headers, data
+    start, last = int(part[1]), min(int(part[2] or len(data)), len(data) - 1)
+    if start > last:
+        return 416, {"Content-Range": f"bytes */{len(data)}"}, b""
+    headers["Content-Range"] = f"bytes {start}-{last}/{len(data)}"
+    return 206, headers, data[start : last + 1]
+
+
+def _tree(files: dict[str, bytes], folder: str, recursive: bool) -> list[Any]:
+    prefix = f"{folder}/" if folder else ""
+    entries: dict[str, dict[str, object]] = {}
+    for path, data in files.items():
+        if not path.startswith(prefix):
+            continue
+        child, below, _ = path.removeprefix(prefix).partition("/")
+        entry = {"type": "file", "path": path, "oid": _blob_id(data), "size": len(data)}
+        if below and not recursive:
+            entry = {"type": "directory", "path": prefix + child, "oid": "", "size": 0}
+        entries[str(entry["path"])] = entry
+    return list(entries.values())
+
+
+def use_hub(
+    monkeypatch: pytest.MonkeyPatch, server: HubServer, home: Path | None = None
+) -> Path:
+    """Send huggingface_hub, transformers and child processes to the server.
+
+    Nobody is logged in and the cache, whose folder is returned, is empty. Both live
+    in ``home``, by default the server's, which goes when the server does.
+    """
+    from huggingface_hub import close_session, constants, hf_api
+
+    for name in [n for n in os.environ if n.startswith(("HF_", "HUGGING"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+    monkeypatch.setenv("HF_HOME", str(home or server.home))
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, f"{os.environ.get(name, '')},127.0.0.1".lstrip(","))
+    # A new process would read its constants so; this one has read them already.
+    spec = importlib.util.find_spec("huggingface_hub.constants")
+    assert spec and spec.loader
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)
+    for name, value in vars(fresh).items():
+        if name.isupper() and value != getattr(constants, name):
+            monkeypatch.setattr(constants, name, value)
+    # model_info and the like are methods of one HfApi, which copied the endpoint.
+    monkeypatch.setattr(hf_api.api, "endpoint", server.endpoint)
+    close_session()  # the open one keeps the proxies that it was made with
+    with contextlib.suppress(ImportError):
+        hub = importlib.import_module("transformers.utils.hub")
+        monkeypatch.setattr(hub, "_hf_api", None, raising=False)  # one more copy
+    return Path(constants.HF_HUB_CACHE)
