@@ -238,7 +238,8 @@ def use_hub(
         monkeypatch.setenv(name, f"{os.environ.get(name, '')},127.0.0.1".lstrip(","))
     # A new process would read its constants so; this one has read them already.
     spec = importlib.util.find_spec("huggingface_hub.constants")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     fresh = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fresh)
     for name, value in vars(fresh).items():
