@@ -1,8 +1,23 @@
 """MLX-format quantized weights as tensors of PyTorch, in unmodified models."""
 
-from . import dispatch as _dispatch  # fills the tensor's table of operators
+from . import dispatch as _dispatch  # noqa: F401  (fills the table of operators)
+from .checkpoint.files import CheckpointError
+from .checkpoint.load import LoadReport, load_checkpoint_
+from .hf import from_pretrained
+from .quantize import AffineConfig, dequantize_, footprint, quantize_
 from .tensor import AffineQuantizedTensor
 
 __version__ = "0.1.0"
 
-__all__ = ["AffineQuantizedTensor", "__version__"]
+__all__ = [
+    "AffineConfig",
+    "AffineQuantizedTensor",
+    "CheckpointError",
+    "LoadReport",
+    "__version__",
+    "dequantize_",
+    "footprint",
+    "from_pretrained",
+    "load_checkpoint_",
+    "quantize_",
+]

@@ -1,0 +1,212 @@
+"""The MLX format: which tensors are a module's packed weight, and how wide its codes.
+
+mlx-lm writes ``name.weight`` (uint32 words), ``name.scales`` and ``name.biases`` for a
+quantized module, and in config.json an object ``quantization`` (repeated as
+``quantization_config``) with ``bits``, ``group_size``, ``mode`` and, under the names of
+modules, settings of their own or false.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import layout
+from ..tensor import AffineQuantizedTensor
+from .files import Checkpoint, StoredTensor
+
+_KEYS = ("quantization", "quantization_config")
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """The three stored tensors of one quantized module, and their format."""
+
+    name: str  # of the parameter, "….weight"
+    packed: StoredTensor
+    scales: StoredTensor
+    biases: StoredTensor
+    bits: int
+    group_size: int
+
+    def read(self, dtype: torch.dtype, device: torch.device) -> AffineQuantizedTensor:
+        """Read it, as a tensor that counts as `dtype`."""
+        scales, biases = self.scales.read(), self.biases.read()
+        if scales.dtype != biases.dtype:  # exact: one of them is float32 at most
+            wide = torch.promote_types(scales.dtype, biases.dtype)
+            scales, biases = scales.to(wide), biases.to(wide)
+        return AffineQuantizedTensor.from_packed(
+            self.packed.read().to(device),
+            scales.to(device),
+            biases.to(device),
+            bits=self.bits,
+            group_size=self.group_size,
+            dtype=dtype,
+        )
+
+
+def settings(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The quantization objects of a config.json; the first that is there rules."""
+    found = [config[key] for key in _KEYS if isinstance(config.get(key), dict)]
+    text = config.get("text_config")
+    if not found and isinstance(text, dict):
+        found = [text[key] for key in _KEYS if isinstance(text.get(key), dict)]
+    return found
+
+
+def recognizes(checkpoint: Checkpoint) -> bool:
+    """Whether this checkpoint says that it is in MLX format, or has its tensors."""
+    method = [s.get("quant_method") for s in settings(checkpoint.config)]
+    if any(method) and not any(m in (None, "mlx", "affine") for m in method):
+        return False
+    return bool(settings(checkpoint.config)) or bool(_stems(checkpoint))
+
+
+def declared_formats(config: dict[str, Any]) -> set[tuple[int, int]]:
+    """The pairs (bits, group_size) that the configuration names anywhere."""
+    pairs = set()
+    for quantization in settings(config):
+        default = (quantization.get("bits"), quantization.get("group_size"))
+        pairs.add(default)
+        for value in quantization.values():
+            if isinstance(value, dict):
+                pairs.add(
+                    (
+                        value.get("bits", default[0]),
+                        value.get("group_size", default[1]),
+                    )
+                )
+    return {(b, g) for b, g in pairs if isinstance(b, int) and isinstance(g, int)}
+
+
+def check_settings(config: dict[str, Any]) -> list[str]:
+    """What is wrong with the configuration's quantization settings, if anything."""
+    problems = []
+    for quantization in settings(config)[:1]:
+        entries = {"": quantization} | {
+            name: value for name, value in quantization.items() if name not in _OWN
+        }
+        for name, value in entries.items():
+            where = f"quantization of {name}" if name else "quantization"
+            if value is False or (name and value is True):
+                continue
+            if not isinstance(value, dict):
+                if name and not isinstance(value, (str, int, float, type(None), list)):
+                    problems.append(f"{where} is {value!r}")
+                continue
+            problems += _check_entry(where, value)
+    return problems
+
+
+_OWN = ("bits", "group_size", "mode", "quant_method")
+
+
+def _check_entry(where: str, entry: dict[str, Any]) -> list[str]:
+    problems = []
+    mode = entry.get("mode", "affine")
+    if mode != "affine":
+        problems.append(
+            f"{where}: mode is {mode!r}; only 'affine' is read so far. Convert the model "
+            "again with mlx_lm.convert --q-mode affine"
+        )
+        return problems
+    for key, allowed in (("bits", layout.BITS), ("group_size", layout.GROUP_SIZES)):
+        if key in entry and entry[key] not in allowed:
+            problems.append(
+                f"{where}: {key} is {entry[key]!r}; allowed are {layout.join(allowed)}"
+            )
+    return problems
+
+
+def _stems(checkpoint: Checkpoint) -> Iterator[str] | list[str]:
+    names = checkpoint.tensors
+    return [
+        name.removesuffix(".scales")
+        for name in names
+        if name.endswith(".scales") and name.removesuffix("scales") + "weight" in names
+    ]
+
+
+def packed_weights(
+    checkpoint: Checkpoint, columns: dict[str, int]
+) -> tuple[dict[str, PackedWeight], set[str], list[str]]:
+    """The packed weights of a checkpoint, by parameter name.
+
+    `columns` gives K for each parameter of the model: with it the shapes alone decide
+    bits and group size, and the configuration must name the pair that they give.
+    Returns the weights, the names of all tensors that belong to packed modules (also to
+    those with something wrong), and what is wrong.
+    """
+    declared = declared_formats(checkpoint.config)
+    weights: dict[str, PackedWeight] = {}
+    used: set[str] = set()
+    problems: list[str] = []
+    for stem in _stems(checkpoint):
+        name = f"{stem}.weight"
+        used |= {name, f"{stem}.scales", f"{stem}.biases"} & checkpoint.tensors.keys()
+        if name not in columns:
+            continue  # reported as unexpected
+        found = _packed_weight(checkpoint, stem, columns[name], declared)
+        if isinstance(found, str):
+            problems.append(found)
+        else:
+            weights[name] = found
+    return weights, used, problems
+
+
+def _packed_weight(
+    checkpoint: Checkpoint, stem: str, columns: int, declared: set[tuple[int, int]]
+) -> PackedWeight | str:
+    """One packed weight, or what is wrong with it."""
+    name, tensors = f"{stem}.weight", checkpoint.tensors
+    packed, scales = tensors[name], tensors[f"{stem}.scales"]
+    biases = tensors.get(f"{stem}.biases")
+    if scales.dtype == torch.uint8 or biases is None:
+        return (
+            f"{name}: it has {_says(scales)} scales and "
+            f"{'no biases' if biases is None else 'biases'}: a float format (mxfp4, "
+            "nvfp4, mxfp8), not affine"
+        )
+    if packed.dtype not in (torch.uint32, torch.int32):
+        return f"{name}: its words are {_says(packed)}; U32 is needed"
+    for part in (scales, biases):
+        if part.dtype not in layout.WEIGHT_DTYPES:
+            return f"{part.name} is {_says(part)}; allowed are F32, F16, BF16"
+    if not (packed.shape and scales.shape) or not all(packed.shape + scales.shape):
+        return f"{name}: its shape is {list(packed.shape)}, its scales' {scales.shape}"
+    if scales.shape != biases.shape or scales.shape[:-1] != packed.shape[:-1]:
+        return (
+            f"{name}: weight {list(packed.shape)}, scales {list(scales.shape)} and biases "
+            f"{list(biases.shape)} do not have the same rows and groups"
+        )
+    bits, rest = divmod(32 * packed.shape[-1], columns)
+    group_size, rest_of_group = divmod(columns, scales.shape[-1])
+    if rest or rest_of_group or bits not in layout.BITS:
+        return (
+            f"{name}: {packed.shape[-1]} words and {scales.shape[-1]} groups a row do "
+            f"not make {columns} columns of {layout.join(layout.BITS)} bits"
+        )
+    if group_size not in layout.GROUP_SIZES:
+        return (
+            f"{name}: its groups are {group_size} wide; allowed are "
+            f"{layout.join(layout.GROUP_SIZES)}"
+        )
+    if (bits, group_size) not in declared:
+        return (
+            f"{name}: its shape says {bits} bits, group size {group_size}, which "
+            f"config.json does not name (it has {_pairs(declared)})"
+        )
+    return PackedWeight(name, packed, scales, biases, bits, group_size)
+
+
+def _says(tensor: StoredTensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _pairs(declared: set[tuple[int, int]]) -> str:
+    return (
+        ", ".join(f"{b} bits, group size {g}" for b, g in sorted(declared)) or "no pair"
+    )

@@ -1,0 +1,108 @@
+"""`from_pretrained`: a stock transformers model from an MLX checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from ..checkpoint.files import fetch
+from ..checkpoint.load import load_checkpoint_
+from ..tensor import logger
+
+
+def from_pretrained(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device_map: str | torch.device | None = None,
+    model_class: Any = AutoModelForCausalLM,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    **config_changes: Any,
+) -> Any:
+    """Load an MLX checkpoint into the stock transformers model of its architecture.
+
+    `source` is a folder or a Hub repository. The model is `model_class` (an auto class
+    with `from_config`), in evaluation mode; its Linear and Embedding modules are torch's
+    own, with packed weights. `dtype` ("auto": the one that config.json names) is what it
+    computes in. `device_map` is one device here. Further keywords change the
+    configuration, as they do in transformers.
+
+    Raises `CheckpointError` where the checkpoint's tensors do not fit the model, missing
+    ones included, and what huggingface_hub and transformers raise.
+    """
+    device = _one_device(device_map)
+    hub: dict[str, Any] = {
+        "revision": revision,
+        "cache_dir": cache_dir,
+        "token": token,
+        "local_files_only": local_files_only,
+    }
+    folder = fetch(source, **hub)
+    config = AutoConfig.from_pretrained(folder, **config_changes)
+    for own in (config, config.get_text_config()):
+        for key in ("quantization", "quantization_config"):
+            # The packed parameters say it themselves; transformers would look for a
+            # quantizer of its own here.
+            if hasattr(own, key):
+                delattr(own, key)
+    config.name_or_path = str(source)
+    with _parameters_on_meta():
+        options = {} if dtype == "auto" else {"dtype": dtype}
+        model = model_class.from_config(config, **options)
+    if device is not None:
+        for module in model.modules():  # parameters are still on meta
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
+    report = load_checkpoint_(model, folder)
+    logger.info("%s", report)
+    if device is not None:
+        model.to(device)
+    if (folder / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+def _one_device(device_map: str | torch.device | None) -> torch.device | None:
+    if device_map is None:
+        return None
+    try:
+        return torch.device(device_map)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device_map is {device_map!r}; one device ('cpu', 'mps', 'cuda:0') is "
+            "allowed here"
+        ) from error
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules made inside have parameters without memory, and real buffers.
+
+    A model made on the meta device as a whole would lose the values of its
+    non-persistent buffers, such as the frequencies of rotary embeddings, which no
+    checkpoint holds.
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(
+        module: nn.Module, name: str, parameter: nn.Parameter | None
+    ) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

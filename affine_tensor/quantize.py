@@ -1,0 +1,322 @@
+"""Whole models: `quantize_`, `dequantize_`, `footprint`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from . import layout
+from .tensor import AffineQuantizedTensor, logger
+
+
+@dataclass(frozen=True)
+class AffineConfig:
+    """How to quantize: code width in bits and weights per scale.
+
+    `bits` is one of 1, 2, 3, 4, 5, 6, 8; `group_size` one of 16, 32, 64, 128, 256 (MLX
+    itself reads 32, 64 and 128). Anything else raises ValueError.
+    """
+
+    bits: int = 4
+    group_size: int = 64
+
+    def __post_init__(self) -> None:
+        layout.check_format(self.bits, self.group_size)
+
+
+Filter = Callable[[nn.Module, str], "bool | AffineConfig"]
+
+
+@dataclass
+class QuantizeReport:
+    """What `quantize_` did: names of modules, and why others were left alone."""
+
+    quantized: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.quantized)} modules quantized"]
+        if self.skipped:
+            lines[0] += f", {len(self.skipped)} left alone:"
+            lines += [f"  {name}: {why}" for name, why in self.skipped.items()]
+        return "\n".join(lines)
+
+
+@dataclass
+class Slot:
+    """One distinct parameter and all the places that hold it."""
+
+    parameter: Tensor
+    places: list[tuple[str, nn.Module, str]]  # module name, module, parameter name
+
+    @property
+    def name(self) -> str:
+        module, _, own = self.places[0]
+        return f"{module}.{own}" if module else own
+
+    def put(self, parameter: nn.Parameter) -> None:
+        for _, module, own in self.places:
+            module._parameters[own] = parameter
+
+
+def slots(model: nn.Module) -> dict[int, Slot]:
+    """The parameters of a model by identity, so that ties are seen, in its order."""
+    found: dict[int, Slot] = {}
+    for name, module in model.named_modules():
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                slot = found.setdefault(id(parameter), Slot(parameter, []))
+                slot.places.append((name, module, own))
+    return found
+
+
+def quantize_(
+    model: nn.Module,
+    config: AffineConfig | None = None,
+    filter_fn: Filter | None = None,
+    *,
+    progress: bool = True,
+) -> QuantizeReport:
+    """Quantize the weights of a model's `nn.Linear` and `nn.Embedding`, in place.
+
+    The modules stay what they are; their `weight` becomes an `AffineQuantizedTensor`
+    parameter, frozen, on the device where it was, of the dtype that it had.
+
+    `filter_fn(module, name)` is asked for each of these modules: False leaves it dense,
+    True takes `config` (default: 4 bits, group size 64), and an `AffineConfig` of its
+    own makes a mixed recipe. A weight that several modules share is quantized once and
+    stays shared; it is left dense where one of its modules is filtered out. Weights that
+    do not fit, because a row is not whole groups, say, are left alone. The report lists
+    them, and so does the log, unless it was the filter that spoke.
+
+    All weights are quantized before the first is exchanged, so a failure (ValueError
+    that names the weight, for NaN or infinite values) leaves the model as it was; dense
+    and packed weights exist together for a moment.
+    """
+    config = AffineConfig() if config is None else config
+    report = QuantizeReport()
+    chosen = list(_choose(model, config, filter_fn, report))
+    packed = []
+    for slot, own in tqdm(
+        chosen, "quantizing", unit="weight", delay=2, leave=False, disable=not progress
+    ):
+        try:
+            weight = AffineQuantizedTensor.from_dense(
+                slot.parameter, own.bits, own.group_size
+            )
+        except ValueError as error:
+            raise ValueError(f"{slot.name}: {error}") from error
+        packed.append(nn.Parameter(weight, requires_grad=False))
+    for (slot, _), parameter in zip(chosen, packed, strict=True):
+        slot.put(parameter)
+        report.quantized += [name for name, _, _ in slot.places]
+    unasked = {n: why for n, why in report.skipped.items() if why != _FILTERED}
+    if unasked:
+        logger.warning(
+            "%d modules left dense: %s",
+            len(unasked),
+            "; ".join(f"{name} ({why})" for name, why in unasked.items()),
+        )
+    return report
+
+
+_FILTERED = "left out by filter_fn"
+
+
+def _choose(
+    model: nn.Module,
+    config: AffineConfig,
+    filter_fn: Filter | None,
+    report: QuantizeReport,
+) -> Iterator[tuple[Slot, AffineConfig]]:
+    """The weights to quantize; notes in the report why others are not."""
+    known = slots(model)
+    answers: dict[int, list[tuple[str, bool | AffineConfig]]] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, nn.Embedding)):
+            continue
+        answer = True if filter_fn is None else filter_fn(module, name)
+        if not isinstance(answer, (bool, AffineConfig)):
+            raise TypeError(
+                f"filter_fn returned {answer!r} for {name}; a bool or an AffineConfig "
+                "is needed"
+            )
+        weight = module._parameters.get("weight")
+        if weight is None:
+            if answer:
+                report.skipped[name] = "its weight is computed, not a parameter"
+        else:
+            answers.setdefault(id(weight), []).append((name, answer))
+    for key, asked in answers.items():
+        own = _agreed([answer for _, answer in asked], config, asked)
+        reason = _FILTERED if own is None else _misfit(known[key], own)
+        if reason is None and own is not None:
+            yield known[key], own
+            continue
+        for name, answer in asked:
+            tied = reason == _FILTERED and answer is not False
+            report.skipped[name] = "tied to a module left out" if tied else str(reason)
+
+
+def _agreed(
+    answers: list[bool | AffineConfig],
+    config: AffineConfig,
+    asked: list[tuple[str, bool | AffineConfig]],
+) -> AffineConfig | None:
+    """The one configuration for a weight that several modules may share."""
+    if not all(answers):
+        return None
+    configs = {config if answer is True else answer for answer in answers}
+    if len(configs) > 1:
+        raise ValueError(
+            f"filter_fn gave different configurations for one shared weight: {asked}"
+        )
+    (own,) = configs
+    return own if isinstance(own, AffineConfig) else None
+
+
+def _misfit(slot: Slot, config: AffineConfig) -> str | None:
+    """Why this weight cannot be quantized, or None."""
+    weight = slot.parameter
+    if isinstance(weight, AffineQuantizedTensor):
+        return "it is quantized already"
+    if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+        return "its shape is not known yet"
+    for _, module, _ in slot.places:
+        if isinstance(module, nn.Embedding) and module.max_norm is not None:
+            return "an embedding with max_norm rewrites its weight"
+    if weight.dtype not in layout.LOGICAL_DTYPES:
+        return f"its dtype is {weight.dtype}"
+    if weight.dim() < 2:
+        return f"its shape is {list(weight.shape)}"
+    return layout.why_not(
+        weight.shape[-1], bits=config.bits, group_size=config.group_size
+    )
+
+
+def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Make every packed parameter of a model dense again, in place.
+
+    They take `dtype`, or the dtype that each counted as; ties survive. They stay frozen:
+    call ``model.requires_grad_(True)`` to train them.
+    """
+    for slot in slots(model).values():
+        if isinstance(slot.parameter, AffineQuantizedTensor):
+            dense = slot.parameter.dequantize(dtype).contiguous()
+            slot.put(nn.Parameter(dense, requires_grad=False))
+
+
+@dataclass(frozen=True)
+class FootprintRow:
+    """One distinct parameter (or all buffers of a model, by name)."""
+
+    name: str
+    kind: str  # class of the module that holds it
+    shape: tuple[int, ...]
+    bits: int  # of a code, or of a dense element
+    group_size: int | None  # None where dense
+    bytes: int
+    tied: tuple[str, ...] = ()  # other names of the same parameter
+
+    @property
+    def elements(self) -> int:
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.bytes / max(1, self.elements)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a model's parameters and buffers take, in real bytes. Prints as a table."""
+
+    rows: tuple[FootprintRow, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(row.bytes for row in self.rows)
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, as counted in the dense model."""
+        return sum(row.elements for row in self.rows)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.bytes / max(1, self.parameters)
+
+    def __str__(self) -> str:
+        table = [("module", "count", "shape", "bits", "group", "bytes", "bits/weight")]
+        for (name, *_), rows in _alike(self.rows).items():
+            first = rows[0]
+            table.append(
+                (
+                    name + "".join(f" = {_pattern(tie)}" for tie in first.tied),
+                    str(len(rows)),
+                    "x".join(map(str, first.shape)) or "1",
+                    str(first.bits),
+                    "-" if first.group_size is None else str(first.group_size),
+                    f"{sum(row.bytes for row in rows):,}",
+                    f"{first.bits_per_weight:.2f}",
+                )
+            )
+        total = ("total", str(len(self.rows)), f"{self.parameters:,}", "", "")
+        table.append((*total, f"{self.bytes:,}", f"{self.bits_per_weight:.2f}"))
+        return format_table(table)
+
+
+def footprint(model: nn.Module) -> Footprint:
+    """Bits, group size, bytes and bits per weight of each parameter and buffer.
+
+    A shared parameter counts once. Printing it joins the layers that are alike.
+    """
+    rows = []
+    for slot in slots(model).values():
+        module, weight = slot.places[0][1], slot.parameter
+        quantized = isinstance(weight, AffineQuantizedTensor)
+        others = tuple(".".join(filter(None, (n, own))) for n, _, own in slot.places)
+        rows.append(
+            FootprintRow(
+                name=slot.name,
+                kind=type(module).__name__,
+                shape=tuple(weight.shape),
+                bits=weight.bits if quantized else 8 * weight.element_size(),
+                group_size=weight.group_size if quantized else None,
+                bytes=weight.nbytes,
+                tied=others[1:],
+            )
+        )
+    for name, buffer in model.named_buffers():
+        bits = 8 * buffer.element_size()
+        shape = tuple(buffer.shape)
+        rows.append(FootprintRow(name, "buffer", shape, bits, None, buffer.nbytes))
+    return Footprint(tuple(rows))
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def _alike(rows: tuple[FootprintRow, ...]) -> dict[tuple, list[FootprintRow]]:
+    groups: dict[tuple, list[FootprintRow]] = {}
+    for row in rows:
+        key = (_pattern(row.name), row.shape, row.bits, row.group_size, row.bytes)
+        groups.setdefault(key, []).append(row)
+    return groups
+
+
+def format_table(rows: list[tuple[str, ...]]) -> str:
+    """Rows as aligned text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *rest in rows:
+        cells = [first.ljust(widths[0])]
+        cells += [c.rjust(w) for c, w in zip(rest, widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
