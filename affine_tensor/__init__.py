@@ -3,6 +3,7 @@
 from . import dispatch as _dispatch  # noqa: F401  (fills the table of operators)
 from .checkpoint.files import CheckpointError
 from .checkpoint.load import LoadReport, load_checkpoint_
+from .checkpoint.save import SaveReport, save_checkpoint
 from .hf import from_pretrained
 from .quantize import AffineConfig, dequantize_, footprint, quantize_
 from .tensor import AffineQuantizedTensor
@@ -14,10 +15,12 @@ __all__ = [
     "AffineQuantizedTensor",
     "CheckpointError",
     "LoadReport",
+    "SaveReport",
     "__version__",
     "dequantize_",
     "footprint",
     "from_pretrained",
     "load_checkpoint_",
     "quantize_",
+    "save_checkpoint",
 ]

@@ -63,16 +63,16 @@ def _fallback(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         "%s dequantizes a packed weight on each call: it has no kernel for one",
         func,
     )
-    args, kwargs = tree_map_only(
-        AffineQuantizedTensor, lambda weight: weight.dequantize(), (args, kwargs)
-    )
-    with _outside_inference_mode():
+    with _as_view(args[0]) if func.is_view else nullcontext():
+        args, kwargs = tree_map_only(
+            AffineQuantizedTensor, lambda weight: weight.dequantize(), (args, kwargs)
+        )
         return func(*args, **kwargs)
 
 
-def _outside_inference_mode() -> Any:
-    """A view's result must not be an inference tensor where its base is none."""
-    if torch.is_inference_mode_enabled():
+def _as_view(base: Tensor) -> Any:
+    """A view must not become an inference tensor where its base is none."""
+    if torch.is_inference_mode_enabled() and not base.is_inference():
         return torch.inference_mode(False)
     return nullcontext()
 
@@ -82,9 +82,7 @@ def _refuse_to_write(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> 
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
-        value = (
-            args[position] if position < len(args) else kwargs.get(argument.name, None)
-        )
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
         values = value if isinstance(value, (list, tuple)) else [value]
         if any(_is_packed(v) for v in values):
             raise NotImplementedError(f"{func} on a packed weight: {FROZEN}")
@@ -105,7 +103,7 @@ def _aten_linear(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return func.decompose(*args, **kwargs)
     if weight.transposed:
         y = _times(x, weight, to_rows=True)
-        return y if bias is None else y + bias
+        return y if bias is None else y + _fitting(bias, y)
     return _linear(
         x,
         weight._packed,
@@ -127,10 +125,11 @@ def _times(x: Tensor, weight: AffineQuantizedTensor, *, to_rows: bool) -> Tensor
 @implements(aten.mm.default, aten.mv.default)
 def _mm(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     left, right = _arguments(func, args, kwargs)[:2]
-    if _is_packed(left) == _is_packed(right):
+    ranks = (2, 1) if func is aten.mv.default else (2, 2)
+    if _is_packed(left) == _is_packed(right) or (left.dim(), right.dim()) != ranks:
         return _dense(func, args, kwargs)
     if _is_packed(right):
-        if right.dim() != 2:
+        if right.dim() == 1:
             return _dense(func, args, kwargs)
         return _times(left, right, to_rows=False)
     # The weight on the left: autograd writes it for column-major inputs.
@@ -144,16 +143,27 @@ def _addmm(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     added, left, right, beta, alpha = _arguments(func, args, kwargs)[:5]
     if _is_packed(added) or _is_packed(left) == _is_packed(right):
         return _dense(func, args, kwargs)
-    if _is_packed(right) and right.transposed and added.dim() == 1:
-        if beta == 1 and alpha == 1 and added.dtype == right._dtype:
-            parts = (right._packed, right.scales, right.biases, right.permutation)
-            return _linear(left, *parts, added, **_format(right))
+    as_linear = _is_packed(right) and right.transposed and right.dim() == 2
+    if as_linear and beta == alpha == 1 and added.dim() == 1:
+        parts = (right._packed, right.scales, right.biases, right.permutation)
+        return _linear(left, *parts, added, **_format(right))
     product = _mm(aten.mm.default, (left, right), {})
+    added = _fitting(added, product)
     if alpha != 1:
         product = product * alpha
     if beta == 0:  # as in BLAS, what is added is then ignored, NaN included
-        return product.clone()
+        return product
     return torch.add(product, added, alpha=beta)
+
+
+def _fitting(added: Tensor, product: Tensor) -> Tensor:
+    """What is added to a product, refused where torch refuses it for dense weights."""
+    if added.dtype != product.dtype:
+        raise RuntimeError(
+            f"{added.dtype} cannot be added to a product in {product.dtype}; they must "
+            "agree"
+        )
+    return added.expand(product.shape)
 
 
 @implements(aten.bmm.default)
@@ -205,7 +215,9 @@ def _aten_embedding(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> A
         return _dense(func, args, kwargs)
     if weight.permutation is not None:
         return (
-            _take_rows(weight, 0, ids.reshape(-1)).dequantize().unflatten(0, ids.shape)
+            _take_rows(weight, 0, ids.reshape(-1))
+            .dequantize()
+            .view(*ids.shape, weight.shape[1])
         )
     parts = (weight._packed, weight.scales, weight.biases)
     return _embedding(ids, *parts, **_format(weight))
@@ -261,7 +273,7 @@ def _to_copy(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 @implements(aten.copy_.default)
 def _copy(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Packed into packed copies parts; float into packed quantizes; else dequantizes."""
+    """Packed into packed copies parts, float into packed quantizes, else dequantizes."""
     target, source = args[:2]
     non_blocking = _arguments(func, args, kwargs)[2]
     if not _is_packed(target):
@@ -332,10 +344,12 @@ def _empty_like(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 @implements(aten.equal.default)
 def _equal(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     left, right = args[:2]
-    if _is_packed(left) and _is_packed(right) and left.shape == right.shape:
+    if left.shape != right.shape:
+        return False
+    if _is_packed(left) and _is_packed(right) and left._dtype == right._dtype:
         if _stored_format(left) == _stored_format(right):
             pairs = zip(left._parts(), right._parts(), strict=True)
-            if left._dtype == right._dtype and all(a.equal(b) for a, b in pairs):
+            if all(a.equal(b) for a, b in pairs):
                 return True
     dense = [t.dequantize() if _is_packed(t) else t for t in (left, right)]
     return torch.equal(*dense)
@@ -367,18 +381,21 @@ def _view(
     **changes: Any,
 ) -> AffineQuantizedTensor:
     """`_map` for operators that return views."""
-    if torch.is_inference_mode_enabled() and not weight.is_inference():
-        with torch.inference_mode(False):
-            return weight._map(part, permutation, **changes)
-    return weight._map(part, permutation, **changes)
+    with _as_view(weight):
+        return weight._map(part, permutation, **changes)
+
+
+def _axis(weight: Tensor, dim: int) -> int:
+    """Dimension `dim`, counted from 0."""
+    rank = weight.dim()
+    if not -rank <= dim < rank:
+        raise IndexError(f"dimension {dim} is out of range for {rank} dimensions")
+    return dim % rank
 
 
 def _stored(weight: AffineQuantizedTensor, dim: int) -> int:
     """The dimension of the parts behind dimension `dim`, from 0."""
-    rank = weight.dim()
-    if not -rank <= dim < rank:
-        raise IndexError(f"dimension {dim} is out of range for {rank} dimensions")
-    dim %= rank
+    rank, dim = weight.dim(), _axis(weight, dim)
     if weight.transposed and dim >= rank - 2:
         return 2 * rank - 3 - dim
     return dim
@@ -390,21 +407,19 @@ def _keep(part: Tensor) -> Tensor:
 
 @implements(aten.t.default, aten.transpose.int)
 def _transpose(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    weight = args[0]
-    rank = weight.dim()
-    if rank == 1:
+    weight, rank = args[0], args[0].dim()
+    if rank == 1 and func is aten.t.default:
         return _alias(aten.alias.default, (weight,), {})
-    first, second = (0, 1) if func is aten.t.default else args[1:3]
+    dims = (0, 1) if func is aten.t.default else args[1:3]
+    first, second = (_axis(weight, dim) for dim in dims)
     order = list(range(rank))
-    first, second = first % rank, second % rank
     order[first], order[second] = second, first
     return _permuted(func, args, kwargs, order)
 
 
 @implements(aten.permute.default)
 def _permute(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    rank = args[0].dim()
-    order = [dim % rank for dim in args[1]]
+    order = [_axis(args[0], dim) for dim in args[1]]
     return _permuted(func, args, kwargs, order)
 
 
@@ -414,6 +429,8 @@ def _permuted(
     """Any order of the leading dimensions, and of the last two."""
     weight, rank = args[0], args[0].dim()
     last = list(range(rank))[-2:]
+    if sorted(order) != list(range(rank)):
+        raise RuntimeError(f"{func} does not name each of {rank} dimensions once")
     if sorted(order[-2:]) != last:
         return _dense(func, args, kwargs)
     lead = order[: rank - 2]
@@ -448,6 +465,8 @@ def _sliced(
         return _view(
             weight, lambda part: part[cut], (lambda p: p[cut]) if own else _keep
         )
+    if (start, end, step) == (0, weight._packed.shape[-1] * 32 // weight.bits, 1):
+        return _view(weight, aten.alias.default)
     if step != 1 or weight.permutation is not None or start == end:
         return None
     bits, group = weight.bits, weight.group_size
@@ -469,6 +488,8 @@ def _split(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     weight, dim = arguments[0], arguments[-1]
     size = weight.shape[dim]
     if func is aten.unbind.int:
+        if _stored(weight, dim) == weight.dim() - 1:
+            return _dense(func, args, kwargs)
         return [_select_view(weight, dim, index) for index in range(size)]
     sizes = arguments[1]
     if isinstance(sizes, int):

@@ -352,7 +352,7 @@ def log_once(key: str, message: str, *args: object) -> None:
 _linear_op = ops.overload("linear")
 
 
-def _linear_without_grad(x: Any, weight: Any, bias: Any = None) -> Tensor | None:
+def _linear_without_grad(input: Any, weight: Any, bias: Any = None) -> Tensor | None:
     """`F.linear` straight to the operator where nothing above it has a say, else None.
 
     Saves 1 µs in inference mode and 7 under no_grad over the way through aten. The tests
@@ -360,9 +360,10 @@ def _linear_without_grad(x: Any, weight: Any, bias: Any = None) -> Tensor | None
     the aten operators.
     """
     if (
-        type(x) is not Tensor
+        type(input) is not Tensor
         or type(weight) is not AffineQuantizedTensor
         or weight.transposed
+        or weight._packed.dim() != 2
         or torch.compiler.is_compiling()
         or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
@@ -372,11 +373,11 @@ def _linear_without_grad(x: Any, weight: Any, bias: Any = None) -> Tensor | None
     if bias is not None and type(bias) is not nn.Parameter and type(bias) is not Tensor:
         return None
     if torch.is_grad_enabled() and (
-        x.requires_grad or (bias is not None and bias.requires_grad)
+        input.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return None
     return _linear_op(
-        x,
+        input,
         weight._packed,
         weight.scales,
         weight.biases,

@@ -1,0 +1,482 @@
+"""Writing a model as an MLX checkpoint that `mlx_lm.load` reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .. import layout
+from ..quantize import slots
+from ..tensor import AffineQuantizedTensor, logger
+from .files import CONFIG, INDEX, fetch
+
+Unsupported = Literal["error", "dense", "requantize"]
+
+_MLX_GROUP_SIZES = (32, 64, 128)
+_SHARD_BYTES = 5 << 30  # mlx-lm's own size
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# What goes along from the folder that a model came from.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "*.tiktoken",
+)
+
+
+@dataclass
+class SaveReport:
+    """What was written, and what it cost in exactness."""
+
+    folder: Path
+    files: list[str] = field(default_factory=list)
+    bytes: int = 0
+    packed: dict[str, tuple[int, int]] = field(default_factory=dict)
+    changed: dict[str, str] = field(default_factory=dict)  # made dense or requantized
+    cast: dict[str, float] = field(default_factory=dict)  # largest error, in steps
+    tokenizer: bool = False
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.folder}: {self.bytes:,} bytes in {len(self.files)} files, "
+            f"{len(self.packed)} packed weights"
+        ]
+        if self.cast:
+            worst = max(self.cast, key=lambda name: self.cast[name])
+            lines.append(
+                f"casting scales and biases changed {len(self.cast)} weights, at most by "
+                f"{self.cast[worst]:.2g} quantization steps ({worst}); dtype='keep' "
+                "writes them as they are, and mlx-lm then computes in float32"
+            )
+        lines += [f"{name}: {what}" for name, what in self.changed.items()]
+        if not self.tokenizer:
+            lines.append("no tokenizer was written: pass tokenizer=")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A parameter or buffer as it will be stored: its tensors are made when written."""
+
+    name: str
+    nbytes: int
+    make: Callable[[], dict[str, Tensor]]
+    bits: int | None = None
+    group_size: int | None = None
+
+
+def save_checkpoint(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | Literal["keep"] | None = None,
+    unsupported: Unsupported = "error",
+    tokenizer: Any = None,
+    max_shard_bytes: int = _SHARD_BYTES,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> SaveReport:
+    """Write a model with packed weights as an MLX checkpoint.
+
+    MLX holds scales and biases in one float dtype for the whole model: `dtype`, by
+    default the one that the packed weights count as. "keep" writes each as it is, which
+    makes mlx-lm compute in float32 where they differ. Where the cast changes values the
+    report says by how much.
+
+    MLX has neither group size 16 nor permutations (act-order), nor transposed weights:
+    such weights are refused, or with `unsupported` written "dense", or "requantize"d at
+    the nearest format. A group of 256 is written as two of 128, without loss.
+
+    The configuration, generation configuration and a model card go along, and the
+    tokenizer: `tokenizer` is one of transformers, or a folder or repository to copy its
+    files from (default: where the model came from). All is written beside `folder` and
+    moved into place; an existing folder that is not empty raises FileExistsError, unless
+    `overwrite`. Raises ValueError, which lists them, for weights that MLX cannot hold.
+    """
+    folder = Path(folder).expanduser()
+    if folder.exists() and not overwrite and any(folder.iterdir()):
+        raise FileExistsError(
+            f"{folder} is not empty; pass overwrite=True to replace it"
+        )
+    report = SaveReport(folder)
+    entries = _entries(model, _scale_dtype(model, dtype), unsupported, report)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        _write_weights(entries, beside, max_shard_bytes, report, progress)
+        _write_json(beside / CONFIG, _config(model, entries))
+        _write_companions(model, beside, tokenizer, report)
+        beside.chmod(0o755)  # mkdtemp's is private
+        report.files = sorted(path.name for path in beside.iterdir())
+        _move_into_place(beside, folder)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    if report.cast or report.changed or not report.tokenizer:
+        logger.warning("%s", report)
+    return report
+
+
+# ---- what is written ------------------------------------------------------------
+
+
+def _packed(model: nn.Module) -> list[AffineQuantizedTensor]:
+    values = [slot.parameter for slot in slots(model).values()]
+    return [value for value in values if isinstance(value, AffineQuantizedTensor)]
+
+
+def _scale_dtype(
+    model: nn.Module, dtype: torch.dtype | Literal["keep"] | None
+) -> torch.dtype | None:
+    """The one dtype of all scales; None to keep each."""
+    if dtype == "keep":
+        return None
+    if dtype is not None:
+        if dtype not in _DTYPES:
+            raise ValueError(
+                f"dtype is {dtype!r}; allowed are {layout.join(_DTYPES)} and 'keep'"
+            )
+        return dtype
+    counted = Counter(weight._dtype for weight in _packed(model)).most_common(1)
+    return _storable(counted[0][0]) if counted else None
+
+
+def _storable(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.float64 else dtype
+
+
+def _entries(
+    model: nn.Module,
+    scales: torch.dtype | None,
+    unsupported: Unsupported,
+    report: SaveReport,
+) -> list[_Entry]:
+    """Everything to store, each tie once; raises if MLX cannot hold something."""
+    if unsupported not in ("error", "dense", "requantize"):
+        raise ValueError(
+            f"unsupported is {unsupported!r}; allowed are 'error', 'dense', 'requantize'"
+        )
+    main = Counter(weight._dtype for weight in _packed(model)).most_common(1)
+    entries, problems = [], []
+    for slot in slots(model).values():
+        name, value = slot.name, slot.parameter
+        if not isinstance(value, AffineQuantizedTensor):
+            dtype = scales if main and value.dtype == main[0][0] else None
+            entries.append(_dense_entry(name, value, dtype))
+            continue
+        reason = _misfit(name, value)
+        if reason and unsupported == "error":
+            problems.append(f"  {name}: {reason}")
+        elif reason and (unsupported == "dense" or not name.endswith("weight")):
+            report.changed[name] = f"written dense ({reason})"
+            entries.append(_dense_entry(name, value, scales))
+        else:
+            if reason:
+                report.changed[name] = f"requantized ({reason})"
+            entries.append(_packed_entry(name, value, scales, bool(reason), report))
+    if problems:
+        raise ValueError(
+            "MLX has no form for these weights:\n"
+            + "\n".join(problems)
+            + "\nPass unsupported='dense' to write them dense, or 'requantize' to "
+            "quantize them anew (which loses accuracy)"
+        )
+    for prefix, module in model.named_modules():
+        for own, buffer in module._buffers.items():
+            if buffer is not None and own not in module._non_persistent_buffers_set:
+                name = f"{prefix}.{own}" if prefix else own
+                entries.append(_dense_entry(name, buffer, None))
+    return entries
+
+
+def _misfit(name: str, weight: AffineQuantizedTensor) -> str | None:
+    """Why MLX cannot hold this weight as it is, or None."""
+    if not (name == "weight" or name.endswith(".weight")):
+        return "MLX keeps scales and biases beside a parameter called weight"
+    if weight.permutation is not None:
+        return "its columns are permuted (act-order)"
+    if weight.transposed or weight.dim() < 2:
+        return f"it is a transposed or one-dimensional view, shape {list(weight.shape)}"
+    if weight.group_size not in (*_MLX_GROUP_SIZES, 256):
+        return f"MLX has no group size {weight.group_size}"
+    return None
+
+
+def _dense_entry(name: str, value: Tensor, dtype: torch.dtype | None) -> _Entry:
+    if dtype is None:
+        dtype = _storable(value.dtype)
+
+    def make() -> dict[str, Tensor]:
+        dense = value.detach()
+        if isinstance(dense, AffineQuantizedTensor):
+            return {name: _own(dense.dequantize(dtype))}
+        return {name: _own(dense.to(dtype))}
+
+    return _Entry(name, value.numel() * dtype.itemsize, make)
+
+
+def _packed_entry(
+    name: str,
+    value: AffineQuantizedTensor,
+    dtype: torch.dtype | None,
+    requantize: bool,
+    report: SaveReport,
+) -> _Entry:
+    stem = name.removesuffix("weight")
+    group = min(value.group_size, 128)
+    if requantize:
+        sizes = [g for g in _MLX_GROUP_SIZES if value.shape[-1] % g == 0]
+        if not sizes:
+            raise ValueError(
+                f"{name}: {value.shape[-1]} columns are no multiple of any of MLX's group "
+                f"sizes ({layout.join(_MLX_GROUP_SIZES)}); pass unsupported='dense'"
+            )
+        group = min(sizes, key=lambda g: abs(g - value.group_size))
+    report.packed[name] = (value.bits, group)
+    parts = value.nbytes
+    if value.group_size == 256:
+        parts += value.scales.nbytes + value.biases.nbytes
+
+    def make() -> dict[str, Tensor]:
+        weight: AffineQuantizedTensor = value.detach()  # type: ignore[assignment]
+        if requantize:
+            dense = weight.dequantize(torch.float32)
+            weight = AffineQuantizedTensor.from_dense(dense, weight.bits, group)
+        repeats = weight.group_size // group
+        scales, biases = _cast(name, weight, dtype, report)
+        return {
+            name: _own(weight.packed),
+            f"{stem}scales": _own(scales.repeat_interleave(repeats, -1)),
+            f"{stem}biases": _own(biases.repeat_interleave(repeats, -1)),
+        }
+
+    return _Entry(name, parts, make, value.bits, group)
+
+
+def _cast(
+    name: str,
+    weight: AffineQuantizedTensor,
+    dtype: torch.dtype | None,
+    report: SaveReport,
+) -> tuple[Tensor, Tensor]:
+    """Scales and biases in `dtype`; the report gets the largest change of a weight."""
+    old = [weight.scales, weight.biases]
+    if dtype is None or dtype == weight.scales.dtype:
+        return weight.scales, weight.biases
+    new = [part.to(dtype) for part in old]
+    if not all(bool(torch.isfinite(part).all()) for part in new):
+        raise ValueError(
+            f"{name}: its scales or biases are too large for {dtype}; pass "
+            "dtype=torch.bfloat16, torch.float32 or 'keep'"
+        )
+    scale, bias = (a.double() - b.double() for a, b in zip(new, old, strict=True))
+    # The change is linear in the code, so it is largest at one of its two ends.
+    top = (bias + scale * ((1 << weight.bits) - 1)).abs()
+    steps = torch.maximum(bias.abs(), top) / old[0].double().abs().clamp_min(1e-45)
+    if steps.numel() and float(steps.max()) > 0:
+        report.cast[name] = float(steps.max())
+    return new[0], new[1]
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A contiguous CPU tensor that shares memory with no other."""
+    tensor = tensor.detach().to("cpu").contiguous()
+    if tensor.untyped_storage().nbytes() != tensor.nbytes:
+        tensor = tensor.clone()
+    return tensor
+
+
+# ---- writing --------------------------------------------------------------------
+
+
+def _write_weights(
+    entries: list[_Entry],
+    folder: Path,
+    limit: int,
+    report: SaveReport,
+    progress: bool,
+) -> None:
+    shards = list(_shards(entries, limit))
+    weight_map, total = {}, 0
+    bar = tqdm(
+        total=len(entries),
+        desc="saving",
+        unit="tensor",
+        delay=2,
+        leave=False,
+        disable=not progress,
+    )
+    for number, shard in enumerate(shards, 1):
+        name = (
+            "model.safetensors"
+            if len(shards) == 1
+            else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        )
+        tensors: dict[str, Tensor] = {}
+        for entry in shard:
+            tensors |= entry.make()
+            bar.update()
+        save_file(tensors, folder / name, metadata={"format": "mlx"})
+        weight_map |= dict.fromkeys(tensors, name)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    bar.close()
+    report.bytes = total
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    _write_json(folder / INDEX, index)
+
+
+def _shards(entries: list[_Entry], limit: int) -> Iterator[list[_Entry]]:
+    """Entries in order, in lists of at most `limit` bytes or of one entry."""
+    shard: list[_Entry] = []
+    size = 0
+    for entry in entries:
+        if shard and size + entry.nbytes > limit:
+            yield shard
+            shard, size = [], 0
+        shard.append(entry)
+        size += entry.nbytes
+    yield shard
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=4) + "\n", encoding="utf-8")
+
+
+def _config(model: nn.Module, entries: list[_Entry]) -> dict[str, Any]:
+    """config.json: the model's own, in both spellings, with the quantization."""
+    own = getattr(model, "config", None)
+    config: dict[str, Any] = {}
+    if hasattr(own, "to_json_string"):
+        # Not to_dict: this way also infinite values come out as valid JSON.
+        config = json.loads(own.to_json_string(use_diff=False))
+    config.pop("_name_or_path", None)
+    for key in ("quantization", "quantization_config"):
+        config.pop(key, None)
+    _spell_as_version_4(config)
+    formats = {
+        entry.name.removesuffix(".weight"): (entry.bits, entry.group_size)
+        for entry in entries
+        if entry.bits is not None
+    }
+    if formats:
+        quantization = _quantization(formats)
+        config["quantization"] = config["quantization_config"] = quantization
+    return dict(sorted(config.items()))
+
+
+def _quantization(formats: dict[str, Any]) -> dict[str, Any]:
+    """mlx-lm's object: the most common format, and the modules that differ from it."""
+
+    def spelled(form: tuple[int, int]) -> dict[str, Any]:
+        return {"bits": form[0], "group_size": form[1], "mode": "affine"}
+
+    common = Counter(formats.values()).most_common(1)[0][0]
+    others = {n: spelled(form) for n, form in formats.items() if form != common}
+    return {**spelled(common), **others}
+
+
+def _spell_as_version_4(config: dict[str, Any]) -> None:
+    """Add the keys that transformers 5 renamed and mlx-lm reads by their old name.
+
+    mlx-lm's Llama takes a missing ``rope_theta`` for 10000 without a word.
+    """
+    for nested in config.values():
+        if isinstance(nested, dict) and "model_type" in nested:
+            _spell_as_version_4(nested)
+    if "dtype" in config:
+        config.setdefault("torch_dtype", config["dtype"])
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return
+    if isinstance(rope.get("sliding_attention"), dict):
+        local = rope["sliding_attention"].get("rope_theta")
+        if local is not None:
+            config.setdefault("rope_local_base_freq", local)
+    if isinstance(rope.get("full_attention"), dict):
+        rope = rope["full_attention"]
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in rope:
+            config.setdefault(key, rope[key])
+    kind = rope.get("rope_type", "default")
+    if kind != "default":
+        scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
+        config.setdefault("rope_scaling", {**scaling, "type": kind})
+
+
+def _write_companions(
+    model: nn.Module, folder: Path, tokenizer: Any, report: SaveReport
+) -> None:
+    """Generation configuration, tokenizer and model card."""
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(folder)
+    origin = getattr(getattr(model, "config", None), "name_or_path", "") or ""
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(folder)
+    else:
+        _copy_tokenizer(tokenizer or origin, folder, asked=tokenizer is not None)
+    report.tokenizer = any((folder / n).exists() for n in _TOKENIZER_FILES[:3])
+    repository = (
+        origin if origin.count("/") == 1 and not Path(origin).exists() else None
+    )
+    card = ModelCardData(
+        library_name="mlx",
+        pipeline_tag="text-generation" if generation is not None else None,
+        tags=["mlx", "affine-tensor"],
+        base_model=repository,
+    )
+    ModelCard(f"---\n{card.to_yaml()}\n---\n").save(folder / "README.md")
+
+
+def _copy_tokenizer(source: str | Path, folder: Path, *, asked: bool) -> None:
+    if not source:
+        return
+    try:
+        origin = fetch(source, local_files_only=not asked)
+    except (OSError, ValueError):
+        if asked:
+            raise
+        return
+    for pattern in _TOKENIZER_FILES:
+        for path in origin.glob(pattern):
+            shutil.copyfile(path, folder / path.name)
+
+
+def _move_into_place(beside: Path, folder: Path) -> None:
+    """Exchange the folders; what was there is deleted only after the new one stands."""
+    if not folder.exists():
+        beside.rename(folder)
+        return
+    old = beside.with_name(f"{beside.name}.old")
+    folder.rename(old)
+    try:
+        beside.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old)
