@@ -263,10 +263,10 @@ def _to_copy(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     device = torch.device(moves.get("device", weight.device))
     if device.type == weight.device.type and device.index is None:
         device = weight.device
-    if dtype != weight._dtype and device == weight.device and "pin_memory" not in moves:
-        return weight._map(aten.alias.default, dtype=dtype)
     if kwargs.get("memory_format") == torch.contiguous_format and weight.transposed:
         return _dense(func, args, kwargs)
+    if dtype != weight._dtype and device == weight.device and "pin_memory" not in moves:
+        return weight._map(aten.alias.default, dtype=dtype)
     moves["non_blocking"] = kwargs.get("non_blocking", False)
     return weight._map(lambda part: aten._to_copy.default(part, **moves), dtype=dtype)
 
@@ -346,11 +346,10 @@ def _equal(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     left, right = args[:2]
     if left.shape != right.shape:
         return False
-    if _is_packed(left) and _is_packed(right) and left._dtype == right._dtype:
-        if _stored_format(left) == _stored_format(right):
-            pairs = zip(left._parts(), right._parts(), strict=True)
-            if all(a.equal(b) for a, b in pairs):
-                return True
+    if _alike((left, right)):
+        pairs = zip(left._parts(), right._parts(), strict=True)
+        if all(a.equal(b) for a, b in pairs):
+            return True
     dense = [t.dequantize() if _is_packed(t) else t for t in (left, right)]
     return torch.equal(*dense)
 

@@ -185,8 +185,8 @@ def _grouped_linear(
 ) -> Tensor:
     """Each row of x ``[T, K]`` times the transpose of its expert's W ``[E, N, K]``.
 
-    Either `offsets` (int ``[E]``: rows are sorted by expert and those of expert e end at
-    ``offsets[e]``; rows past the last end give zeros) or `indices` (int ``[T]``: the
+    Either `offsets` (int ``[E]``: rows are sorted by expert and those of expert e end
+    at ``offsets[e]``; rows past the last end give zeros) or `indices` (int ``[T]``: the
     expert of each row). Each expert may have its own permutation (``[E, K]``).
     """
     if packed.dim() != 3 or x.dim() != 2 or (offsets is None) == (indices is None):
@@ -338,8 +338,8 @@ def _check_input(x: Tensor, columns: int, dtype: torch.dtype, op: str) -> None:
     if x.dtype != dtype:
         raise RuntimeError(
             f"{op}: the input is {x.dtype} and the quantized weight counts as {dtype}; "
-            f"they must agree. Convert one: x.to({dtype}) or weight.to({x.dtype}), which "
-            "keeps the packed data, or use autocast"
+            f"they must agree. Convert one: x.to({dtype}) or weight.to({x.dtype}), "
+            "which keeps the packed data, or use autocast"
         )
     if x.dim() == 0 or x.shape[-1] != columns:
         raise RuntimeError(

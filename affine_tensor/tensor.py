@@ -355,9 +355,9 @@ _linear_op = ops.overload("linear")
 def _linear_without_grad(input: Any, weight: Any, bias: Any = None) -> Tensor | None:
     """`F.linear` straight to the operator where nothing above it has a say, else None.
 
-    Saves 1 µs in inference mode and 7 under no_grad over the way through aten. The tests
-    are ordered by price. Autograd, functorch, forward AD, autocast and compilers need
-    the aten operators.
+    Saves 1 µs in inference mode and 7 under no_grad over the way through aten. The
+    tests are ordered by price. Autograd, functorch, forward AD, autocast and compilers
+    need the aten operators.
     """
     if (
         type(input) is not Tensor

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from .. import layout
 from ..quantize import slots
 from ..tensor import AffineQuantizedTensor, logger
-from .files import CONFIG, INDEX, fetch
+from .files import CONFIG, INDEX, fetch, read_json
 
 Unsupported = Literal["error", "dense", "requantize"]
 
@@ -126,8 +126,9 @@ def save_checkpoint(
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         _write_weights(entries, beside, max_shard_bytes, report, progress)
-        _write_json(beside / CONFIG, _config(model, entries))
-        _write_companions(model, beside, tokenizer, report)
+        origin = _origin(model)
+        _write_json(beside / CONFIG, _config(model, entries, origin))
+        _write_companions(model, beside, tokenizer or origin, report)
         beside.chmod(0o755)  # mkdtemp's is private
         report.files = sorted(path.name for path in beside.iterdir())
         _move_into_place(beside, folder)
@@ -367,15 +368,34 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=4) + "\n", encoding="utf-8")
 
 
-def _config(model: nn.Module, entries: list[_Entry]) -> dict[str, Any]:
+def _origin(model: nn.Module) -> Path | None:
+    """The folder that a transformers model was loaded from, if it is on this machine."""
+    name = getattr(getattr(model, "config", None), "name_or_path", None)
+    if not name:
+        return None
+    try:
+        return fetch(name, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+
+
+def _config(
+    model: nn.Module, entries: list[_Entry], origin: Path | None
+) -> dict[str, Any]:
     """config.json: the model's own, in both spellings, with the quantization."""
     own = getattr(model, "config", None)
     config: dict[str, Any] = {}
     if hasattr(own, "to_json_string"):
         # Not to_dict: this way also infinite values come out as valid JSON.
         config = json.loads(own.to_json_string(use_diff=False))
-    config.pop("_name_or_path", None)
-    for key in ("quantization", "quantization_config"):
+        # transformers drops keys that it has no use for and mlx-lm reads.
+        source = read_json(origin / CONFIG) if origin else {}
+        kept = {k: v for k, v in source.items() if k not in _RESPELLED}
+        config = {**kept, **config}
+        for alias, name in getattr(own, "attribute_map", {}).items():
+            if name in config:
+                config.setdefault(alias, config[name])
+    for key in ("_name_or_path", "quantization", "quantization_config"):
         config.pop(key, None)
     _spell_as_version_4(config)
     formats = {
@@ -387,6 +407,20 @@ def _config(model: nn.Module, entries: list[_Entry]) -> dict[str, Any]:
         quantization = _quantization(formats)
         config["quantization"] = config["quantization_config"] = quantization
     return dict(sorted(config.items()))
+
+
+# Later kinds have no old spelling, and transformers does not take one for them.
+_ROPE_TYPES_OF_VERSION_4 = ("linear", "dynamic", "yarn", "longrope", "llama3")
+
+# Keys of transformers 4 that the current configuration spells in another way.
+_RESPELLED = (
+    "rope_theta",
+    "rope_scaling",
+    "rope_local_base_freq",
+    "partial_rotary_factor",
+    "torch_dtype",
+    "auto_map",
+)
 
 
 def _quantization(formats: dict[str, Any]) -> dict[str, Any]:
@@ -422,8 +456,8 @@ def _spell_as_version_4(config: dict[str, Any]) -> None:
     for key in ("rope_theta", "partial_rotary_factor"):
         if key in rope:
             config.setdefault(key, rope[key])
-    kind = rope.get("rope_type", "default")
-    if kind != "default":
+    kind = rope.get("rope_type")
+    if kind in _ROPE_TYPES_OF_VERSION_4:
         scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
         config.setdefault("rope_scaling", {**scaling, "type": kind})
 
@@ -435,15 +469,16 @@ def _write_companions(
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(folder)
-    origin = getattr(getattr(model, "config", None), "name_or_path", "") or ""
     if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(folder)
-    else:
-        _copy_tokenizer(tokenizer or origin, folder, asked=tokenizer is not None)
+    elif tokenizer:
+        source = fetch(tokenizer)
+        for pattern in _TOKENIZER_FILES:
+            for path in source.glob(pattern):
+                shutil.copyfile(path, folder / path.name)
     report.tokenizer = any((folder / n).exists() for n in _TOKENIZER_FILES[:3])
-    repository = (
-        origin if origin.count("/") == 1 and not Path(origin).exists() else None
-    )
+    name = getattr(getattr(model, "config", None), "name_or_path", "") or ""
+    repository = name if name.count("/") == 1 and not Path(name).exists() else None
     card = ModelCardData(
         library_name="mlx",
         pipeline_tag="text-generation" if generation is not None else None,
@@ -451,20 +486,6 @@ def _write_companions(
         base_model=repository,
     )
     ModelCard(f"---\n{card.to_yaml()}\n---\n").save(folder / "README.md")
-
-
-def _copy_tokenizer(source: str | Path, folder: Path, *, asked: bool) -> None:
-    if not source:
-        return
-    try:
-        origin = fetch(source, local_files_only=not asked)
-    except (OSError, ValueError):
-        if asked:
-            raise
-        return
-    for pattern in _TOKENIZER_FILES:
-        for path in origin.glob(pattern):
-            shutil.copyfile(path, folder / path.name)
 
 
 def _move_into_place(beside: Path, folder: Path) -> None:
