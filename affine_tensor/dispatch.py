@@ -273,7 +273,7 @@ def _to_copy(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 @implements(aten.copy_.default)
 def _copy(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Packed into packed copies parts, float into packed quantizes, else dequantizes."""
+    """Packed to packed copies parts, float to packed quantizes, else dequantizes."""
     target, source = args[:2]
     non_blocking = _arguments(func, args, kwargs)[2]
     if not _is_packed(target):
@@ -294,8 +294,9 @@ def _quantized_like(target: AffineQuantizedTensor, source: Tensor) -> Tensor:
     if target.transposed:
         source = source.transpose(-1, -2)
     if target.permutation is not None:
-        order = target.permutation.long().unsqueeze(-2) if target.dim() > 1 else None
-        order = target.permutation.long() if order is None else order
+        order = target.permutation.to(source.device, torch.int64)
+        if target.dim() > 1:
+            order = order.unsqueeze(-2)
         source = source.gather(-1, order.expand_as(source))
     new = AffineQuantizedTensor.from_dense(
         source.to(target.scales.dtype), target.bits, target.group_size
@@ -317,6 +318,13 @@ def _check_same_format(
             f"copy_ of {source!r} into {target!r}: bits, group_size, shape, dtype of "
             "the scales, transposition and permutation must agree. Replace the "
             "parameter instead, with load_state_dict(..., assign=True) for example"
+        )
+    shared = target.permutation is not None and target._is_view()
+    if shared and not torch.equal(target.permutation, source.permutation):
+        raise RuntimeError(
+            f"copy_ of {source!r} into a view of a packed weight: their permutations "
+            "differ, and other rows of that weight use the same one. Replace the whole "
+            "weight, or copy_ source.dequantize(), which quantizes again"
         )
 
 

@@ -317,6 +317,10 @@ class AffineQuantizedTensor(torch.Tensor):
         # address for one: accelerate would tie every quantized weight to the first.
         return self._packed.data_ptr()
 
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        # Inherited, it would hand out memory that is not there.
+        raise BufferError(f"{self!r} has no dense memory to share; use dequantize()")
+
     def share_memory_(self) -> AffineQuantizedTensor:
         for part in self._parts():
             part.share_memory_()
@@ -418,10 +422,28 @@ def _set_requires_grad(tensor: Tensor, value: bool) -> None:
         raise RuntimeError(f"requires_grad = True on {_describe(tensor)}: {FROZEN}")
 
 
+def _set_item(tensor: Tensor, index: Any, value: Any) -> None:
+    """``tensor[index] = value``: what is no packed view would be written to a copy."""
+    if isinstance(tensor, AffineQuantizedTensor):
+        part = tensor[index]
+        if not isinstance(part, AffineQuantizedTensor):
+            raise NotImplementedError(f"[{index}] = on {_describe(tensor)}: {FROZEN}")
+    with torch._C.DisableTorchFunctionSubclass():
+        torch.Tensor.__setitem__(tensor, index, value)
+
+
+def _refuse(tensor: Tensor, *others: Any) -> None:
+    """Methods that read the memory behind a tensor: there is none."""
+    raise NotImplementedError(f"apply_ or map2_ on {_describe(tensor)}: {FROZEN}")
+
+
 # Each access of a descriptor's method makes a new object; they hash and compare equal.
 _SETTERS: dict[Any, Callable[..., None]] = {
     torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     torch.Tensor.requires_grad.__set__: _set_requires_grad,  # type: ignore[attr-defined]
+    torch.Tensor.__setitem__: _set_item,
+    torch.Tensor.apply_: _refuse,
+    torch.Tensor.map2_: _refuse,
 }
 
 

@@ -70,6 +70,11 @@ class StoredTensor:
     start: int  # in bytes from the start of the file
     nbytes: int
 
+    @property
+    def place(self) -> tuple[str, int]:
+        """What to sort by to read files from front to back."""
+        return str(self.file), self.start
+
     def read(self) -> Tensor:
         """Read it into memory of its own.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -48,16 +49,6 @@ class LoadReport:
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What will go where."""
-
-    packed: list[tuple[Slot, mlx.PackedWeight]]
-    dense: list[tuple[Slot | _Buffer, StoredTensor]]
-    repeated: list[tuple[Slot, StoredTensor | mlx.PackedWeight]]  # ties stored twice
-    ignored: list[str]
-
-
-@dataclass(frozen=True)
 class _Buffer:
     """A persistent buffer, in the shape of a `Slot`."""
 
@@ -68,6 +59,19 @@ class _Buffer:
 
     def put(self, value: Tensor) -> None:
         self.module._buffers[self.own] = value
+
+
+_Target = Slot | _Buffer
+_Stored = mlx.PackedWeight | StoredTensor
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What will go where."""
+
+    items: list[tuple[_Target, _Stored]] = field(default_factory=list)
+    repeated: list[tuple[_Target, _Stored]] = field(default_factory=list)  # tied, twice
+    ignored: list[str] = field(default_factory=list)
 
 
 def load_checkpoint_(
@@ -118,65 +122,53 @@ def load_checkpoint_(
 
 def _make_plan(model: nn.Module, checkpoint: Checkpoint) -> _Plan:
     """Match the checkpoint's names with the model's; raise if anything does not fit."""
+    problems = mlx.check_settings(checkpoint.config)
+    if problems:
+        raise _error(checkpoint, {"settings that are not understood": problems})
     targets, others = _targets(model)
     columns = {
         name: target.parameter.shape[-1]
         for name, target in targets.items()
         if target.parameter.dim() > 1 and target.parameter.shape[-1]
     }
-    problems = mlx.check_settings(checkpoint.config)
-    if problems:
-        raise _error(checkpoint, {"settings that are not understood": problems})
-    weights, used, wrong = mlx.packed_weights(checkpoint, columns)
-    bad_names = {line.split(":")[0] for line in wrong}
-    misfits = wrong + [
-        line for name, w in weights.items() if (line := _misfit(targets[name], w))
-    ]
-    plan = _Plan([], [], [], [])
-    filled: dict[int, str] = {}
-    unexpected = []
-    for name, stored in checkpoint.tensors.items():
+    packed, broken, parts = mlx.packed_weights(checkpoint, columns)
+    stored: dict[str, _Stored] = {
+        name: tensor for name, tensor in checkpoint.tensors.items() if name not in parts
+    }
+    stored.update(packed)
+
+    plan, misfits, unexpected = _Plan(), dict(broken), []
+    filled: set[int] = set()
+    for name, value in stored.items():
         target = targets.get(name)
-        if name in used and name not in weights:
-            if target is None and name.endswith(".weight"):
-                unexpected.append(name)
-            elif target is None and name.rsplit(".", 1)[0] + ".weight" not in targets:
-                unexpected.append(name)
-            continue
-        if name not in used and target is None:
-            (plan.ignored if name in others else unexpected).append(name)
-            continue
         if target is None:
-            continue
-        if name not in weights and (line := _dense_misfit(target, stored)):
-            misfits.append(line)
-        value = weights.get(name, stored)
-        if id(target.parameter) in filled and isinstance(target, Slot):
+            (plan.ignored if name in others else unexpected).append(name)
+        elif reason := _misfit(target, value):
+            misfits[name] = reason
+        elif id(target.parameter) in filled:
             plan.repeated.append((target, value))
-        elif isinstance(value, mlx.PackedWeight):
-            plan.packed.append((target, value))  # type: ignore[arg-type]
         else:
-            plan.dense.append((target, value))
-        filled[id(target.parameter)] = name
+            plan.items.append((target, value))
+            filled.add(id(target.parameter))
+    accounted = filled | {id(targets[name].parameter) for name in misfits}
     missing = [
         name
         for name, target in targets.items()
-        if id(target.parameter) not in filled and name not in bad_names
-        if name == target.name
+        if id(target.parameter) not in accounted and name == target.name
     ]
     found = {
         "missing": missing,
         "unexpected": unexpected,
-        "of another shape, format or dtype": misfits,
+        "of another shape, format or dtype": [f"{n}: {w}" for n, w in misfits.items()],
     }
     if any(found.values()):
         raise _error(checkpoint, found)
     return plan
 
 
-def _targets(model: nn.Module) -> tuple[dict[str, Slot | _Buffer], set[str]]:
+def _targets(model: nn.Module) -> tuple[dict[str, _Target], set[str]]:
     """Parameters and persistent buffers by every name; names of other buffers."""
-    targets: dict[str, Slot | _Buffer] = {}
+    targets: dict[str, _Target] = {}
     for slot in slots(model).values():
         for module, _, own in slot.places:
             targets[f"{module}.{own}" if module else own] = slot
@@ -193,32 +185,24 @@ def _targets(model: nn.Module) -> tuple[dict[str, Slot | _Buffer], set[str]]:
     return targets, others
 
 
-def _misfit(target: Slot | _Buffer, weight: mlx.PackedWeight) -> str | None:
-    expected = tuple(target.parameter.shape)
-    shape = (*weight.packed.shape[:-1], weight.scales.shape[-1] * weight.group_size)
-    if shape != expected:
-        return f"{weight.name}: {list(shape)}; the model has {list(expected)}"
-    if isinstance(target, _Buffer) or not target.parameter.is_floating_point():
-        return f"{weight.name}: quantized; the model has {_says(target.parameter)}"
-    for _, module, _ in target.places:
-        if isinstance(module, nn.Embedding) and module.max_norm is not None:
-            return f"{weight.name}: quantized; the model's embedding has a max_norm"
-    return None
-
-
-def _dense_misfit(target: Slot | _Buffer, stored: StoredTensor) -> str | None:
+def _misfit(target: _Target, stored: _Stored) -> str | None:
+    """Why this tensor cannot go there, or None."""
     own = target.parameter
-    # One element is one element: some writers drop its dimension.
-    if stored.shape != tuple(own.shape) and not (
-        stored.nbytes == stored.dtype.itemsize and own.numel() == 1
-    ):
-        return (
-            f"{stored.name}: {_says(stored)} {list(stored.shape)}; "
-            f"the model has {list(own.shape)}"
-        )
-    same_kind = stored.dtype.is_floating_point and own.is_floating_point()
-    if not same_kind and stored.dtype != own.dtype:
-        return f"{stored.name}: {_says(stored)}; the model has {_says(own)}"
+    if isinstance(stored, mlx.PackedWeight):
+        if stored.shape != tuple(own.shape):
+            return f"{list(stored.shape)}; the model has {list(own.shape)}"
+        if isinstance(target, _Buffer) or not own.is_floating_point():
+            return f"quantized; the model has {_says(own)}"
+        for _, module, _ in target.places:
+            if isinstance(module, nn.Embedding) and module.max_norm is not None:
+                return "quantized; the model's embedding has a max_norm"
+        return None
+    one = math.prod(stored.shape) == own.numel() == 1  # some writers drop its dimension
+    if stored.shape != tuple(own.shape) and not one:
+        return f"{_says(stored)} {list(stored.shape)}; the model has {list(own.shape)}"
+    both_float = stored.dtype.is_floating_point and own.is_floating_point()
+    if not both_float and stored.dtype != own.dtype:
+        return f"{_says(stored)}; the model has {_says(own)}"
     return None
 
 
@@ -240,13 +224,9 @@ def _error(checkpoint: Checkpoint, found: dict[str, list[str]]) -> CheckpointErr
 
 def _read(
     plan: _Plan, report: LoadReport, progress: bool
-) -> Iterator[tuple[Slot | _Buffer, Tensor]]:
+) -> Iterator[tuple[_Target, Tensor]]:
     """Read all tensors, in the order in which they lie in the files."""
-    work: list[tuple[Slot | _Buffer, mlx.PackedWeight | StoredTensor]] = [
-        *plan.packed,
-        *plan.dense,
-    ]
-    work.sort(key=lambda item: _place(item[1]))
+    work = sorted(plan.items, key=lambda item: item[1].place)
     read: dict[int, Tensor] = {}
     for target, stored in tqdm(
         work, "loading", unit="tensor", delay=2, leave=False, disable=not progress
@@ -262,19 +242,14 @@ def _read(
         yield target, value
     for target, stored in plan.repeated:
         if not torch.equal(_value(target, stored), read[id(target.parameter)]):
-            names = [f"{m}.{own}" for m, _, own in target.places]
             raise CheckpointError(
-                f"the model ties {' and '.join(names)}, and the checkpoint has different "
-                "values for them. Untie them (config.tie_word_embeddings = False) first"
+                f"the model ties {target.name} and {stored.name}, and the checkpoint has "
+                "different values for them. Untie them first: "
+                "config.tie_word_embeddings = False"
             )
 
 
-def _place(stored: mlx.PackedWeight | StoredTensor) -> tuple[str, int]:
-    first = stored.packed if isinstance(stored, mlx.PackedWeight) else stored
-    return str(first.file), first.start
-
-
-def _value(target: Slot | _Buffer, stored: mlx.PackedWeight | StoredTensor) -> Tensor:
+def _value(target: _Target, stored: _Stored) -> Tensor:
     own = target.parameter
     device = torch.device("cpu") if own.is_meta else own.device
     if isinstance(stored, mlx.PackedWeight):
@@ -282,7 +257,7 @@ def _value(target: Slot | _Buffer, stored: mlx.PackedWeight | StoredTensor) -> T
     return stored.read().view(own.shape).to(device, own.dtype)
 
 
-def _put(target: Slot | _Buffer, value: Tensor) -> None:
+def _put(target: _Target, value: Tensor) -> None:
     """Exchange a packed parameter, and what was on the meta device; copy the rest."""
     own = target.parameter
     if isinstance(target, _Buffer):

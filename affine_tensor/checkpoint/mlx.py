@@ -8,7 +8,6 @@ modules, settings of their own or false.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +30,15 @@ class PackedWeight:
     biases: StoredTensor
     bits: int
     group_size: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the dense weight, ``[..., N, K]``."""
+        return (*self.scales.shape[:-1], self.scales.shape[-1] * self.group_size)
+
+    @property
+    def place(self) -> tuple[str, int]:
+        return self.packed.place
 
     def read(self, dtype: torch.dtype, device: torch.device) -> AffineQuantizedTensor:
         """Read it, as a tensor that counts as `dtype`."""
@@ -86,22 +94,11 @@ def check_settings(config: dict[str, Any]) -> list[str]:
     """What is wrong with the configuration's quantization settings, if anything."""
     problems = []
     for quantization in settings(config)[:1]:
-        entries = {"": quantization} | {
-            name: value for name, value in quantization.items() if name not in _OWN
-        }
-        for name, value in entries.items():
-            where = f"quantization of {name}" if name else "quantization"
-            if value is False or (name and value is True):
-                continue
-            if not isinstance(value, dict):
-                if name and not isinstance(value, (str, int, float, type(None), list)):
-                    problems.append(f"{where} is {value!r}")
-                continue
-            problems += _check_entry(where, value)
+        problems += _check_entry("quantization", quantization)
+        for name, value in quantization.items():
+            if isinstance(value, dict):
+                problems += _check_entry(f"quantization of {name}", value)
     return problems
-
-
-_OWN = ("bits", "group_size", "mode", "quant_method")
 
 
 def _check_entry(where: str, entry: dict[str, Any]) -> list[str]:
@@ -121,40 +118,39 @@ def _check_entry(where: str, entry: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _stems(checkpoint: Checkpoint) -> Iterator[str] | list[str]:
-    names = checkpoint.tensors
-    return [
-        name.removesuffix(".scales")
-        for name in names
-        if name.endswith(".scales") and name.removesuffix("scales") + "weight" in names
+def _stems(checkpoint: Checkpoint) -> list[str]:
+    """Names of the modules that have scales beside a weight."""
+    names = [
+        n.removesuffix(".scales") for n in checkpoint.tensors if n[-7:] == ".scales"
     ]
+    return [name for name in names if f"{name}.weight" in checkpoint.tensors]
 
 
 def packed_weights(
     checkpoint: Checkpoint, columns: dict[str, int]
-) -> tuple[dict[str, PackedWeight], set[str], list[str]]:
+) -> tuple[dict[str, PackedWeight], dict[str, str], set[str]]:
     """The packed weights of a checkpoint, by parameter name.
 
     `columns` gives K for each parameter of the model: with it the shapes alone decide
     bits and group size, and the configuration must name the pair that they give.
-    Returns the weights, the names of all tensors that belong to packed modules (also to
-    those with something wrong), and what is wrong.
+    Returns the weights, what is wrong with those that are broken, and the names of all
+    tensors that belong to either. Modules that the model does not have are left out.
     """
     declared = declared_formats(checkpoint.config)
     weights: dict[str, PackedWeight] = {}
-    used: set[str] = set()
-    problems: list[str] = []
+    broken: dict[str, str] = {}
+    parts: set[str] = set()
     for stem in _stems(checkpoint):
         name = f"{stem}.weight"
-        used |= {name, f"{stem}.scales", f"{stem}.biases"} & checkpoint.tensors.keys()
         if name not in columns:
-            continue  # reported as unexpected
+            continue
+        parts |= {name, f"{stem}.scales", f"{stem}.biases"} & checkpoint.tensors.keys()
         found = _packed_weight(checkpoint, stem, columns[name], declared)
         if isinstance(found, str):
-            problems.append(found)
+            broken[name] = found
         else:
             weights[name] = found
-    return weights, used, problems
+    return weights, broken, parts
 
 
 def _packed_weight(
@@ -166,37 +162,37 @@ def _packed_weight(
     biases = tensors.get(f"{stem}.biases")
     if scales.dtype == torch.uint8 or biases is None:
         return (
-            f"{name}: it has {_says(scales)} scales and "
+            f"it has {_says(scales)} scales and "
             f"{'no biases' if biases is None else 'biases'}: a float format (mxfp4, "
             "nvfp4, mxfp8), not affine"
         )
     if packed.dtype not in (torch.uint32, torch.int32):
-        return f"{name}: its words are {_says(packed)}; U32 is needed"
+        return f"its words are {_says(packed)}; U32 is needed"
     for part in (scales, biases):
         if part.dtype not in layout.WEIGHT_DTYPES:
             return f"{part.name} is {_says(part)}; allowed are F32, F16, BF16"
     if not (packed.shape and scales.shape) or not all(packed.shape + scales.shape):
-        return f"{name}: its shape is {list(packed.shape)}, its scales' {scales.shape}"
+        return f"its shape is {list(packed.shape)}, its scales' {scales.shape}"
     if scales.shape != biases.shape or scales.shape[:-1] != packed.shape[:-1]:
         return (
-            f"{name}: weight {list(packed.shape)}, scales {list(scales.shape)} and biases "
+            f"weight {list(packed.shape)}, scales {list(scales.shape)} and biases "
             f"{list(biases.shape)} do not have the same rows and groups"
         )
     bits, rest = divmod(32 * packed.shape[-1], columns)
     group_size, rest_of_group = divmod(columns, scales.shape[-1])
     if rest or rest_of_group or bits not in layout.BITS:
         return (
-            f"{name}: {packed.shape[-1]} words and {scales.shape[-1]} groups a row do "
+            f"{packed.shape[-1]} words and {scales.shape[-1]} groups a row do "
             f"not make {columns} columns of {layout.join(layout.BITS)} bits"
         )
     if group_size not in layout.GROUP_SIZES:
         return (
-            f"{name}: its groups are {group_size} wide; allowed are "
+            f"its groups are {group_size} wide; allowed are "
             f"{layout.join(layout.GROUP_SIZES)}"
         )
     if (bits, group_size) not in declared:
         return (
-            f"{name}: its shape says {bits} bits, group size {group_size}, which "
+            f"its shape says {bits} bits, group size {group_size}, which "
             f"config.json does not name (it has {_pairs(declared)})"
         )
     return PackedWeight(name, packed, scales, biases, bits, group_size)
