@@ -45,7 +45,7 @@ _BLOCK = 1 << 22
 
 _library = torch.library.Library("affine_tensor", "DEF")
 _reference: dict[str, Kernel] = {}
-_kernels: dict[tuple[str, str], Kernel] = {}
+_kernels: dict[str, dict[str, Kernel]] = {op: {} for op in _SCHEMAS}
 
 
 def device_of(tensor: Tensor) -> str:
@@ -65,7 +65,7 @@ def register_kernel(op: str, device: str) -> Callable[[Kernel], Kernel]:
         )
 
     def register(kernel: Kernel) -> Kernel:
-        _kernels[op, device] = kernel
+        _kernels[op][device] = kernel
         return kernel
 
     return register
@@ -85,9 +85,10 @@ def _define(name: str, fake: Kernel) -> Callable[[Kernel], Kernel]:
     """Define an operator with the decorated function as its reference."""
 
     def define(function: Kernel) -> Kernel:
+        kernels = _kernels[name]
+
         def run(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            kernel = _kernels.get((name, device_of(tensor)), function)
-            return kernel(tensor, *args, **kwargs)
+            return kernels.get(device_of(tensor), function)(tensor, *args, **kwargs)
 
         _reference[name] = function
         _library.define(name + _SCHEMAS[name], tags=torch.Tag.pt2_compliant_tag)
@@ -128,6 +129,34 @@ def _linear(
             return F.linear(x, weight, bias)
         y[..., rows] = F.linear(x, weight, None if bias is None else bias[rows])
     return y
+
+
+def _linear_under_autocast(key: str) -> Kernel:
+    """`linear` with x, weight and bias in autocast's dtype, as `F.linear` has it.
+
+    Registered here so that nobody need ask whether autocast is on.
+    """
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    linear = overload("linear")
+
+    def run(x: Tensor, *args: Any, dtype: torch.dtype, **format: Any) -> Tensor:
+        target = torch.get_autocast_dtype(x.device.type)
+        *parts, bias = args if len(args) == 5 else (*args, None)
+
+        def cast(tensor: Tensor) -> Tensor:
+            # float64 is left alone, as by autocast itself.
+            return tensor if tensor.dtype == torch.float64 else tensor.to(target)
+
+        dtype = dtype if dtype == torch.float64 else target
+        bias = None if bias is None else cast(bias)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return linear(cast(x), *parts, bias, dtype=dtype, **format)
+
+    return run
+
+
+for _key in ("AutocastCPU", "AutocastCUDA", "AutocastMPS"):
+    _library.impl("linear", _linear_under_autocast(_key), _key)
 
 
 def _fake_matmul(x, packed, scales, biases, permutation=None, **format):  # type: ignore[no-untyped-def]
@@ -280,6 +309,7 @@ def _quantize(
     w: Tensor, *, bits: int, group_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`layout.quantize`, its words as int32."""
+    w = w.contiguous()  # a transposed weight has its columns strided
     packed, scales, biases = layout.quantize(w, bits=bits, group_size=group_size)
     return packed.view(torch.int32), scales, biases
 
