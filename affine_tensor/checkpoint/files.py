@@ -146,6 +146,7 @@ def fetch(
             token=token,
             local_files_only=local_files_only,
             allow_patterns=list(PATTERNS),
+            ignore_patterns=["*/*.safetensors"],  # a checkpoint is one folder
         )
     )
 
@@ -173,12 +174,16 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; {} if there is no such file."""
     if not path.is_file():
         return {}
+    return _object(path.read_bytes(), str(path))
+
+
+def _object(text: bytes, where: str) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+        value = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # the latter: nested without end
+        raise CheckpointError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, not an object")
+        raise CheckpointError(f"{where} holds a {type(value).__name__}, not an object")
     return value
 
 
@@ -263,12 +268,7 @@ def read_header(file: Path) -> list[StoredTensor]:
                 f"{size}. It is truncated or not safetensors; fetch it again"
             )
         text = stream.read(length)
-    try:
-        header = json.loads(text)
-        if not isinstance(header, dict):
-            raise ValueError("not an object")
-    except ValueError as error:
-        raise CheckpointError(f"{file}: its header is not JSON ({error})") from error
+    header = _object(text, f"the header of {file}")
     header.pop("__metadata__", None)
     base = 8 + length
     tensors = [_entry(file, base, name, entry) for name, entry in header.items()]
@@ -291,10 +291,12 @@ def read_header(file: Path) -> list[StoredTensor]:
 
 def _entry(file: Path, base: int, name: str, entry: Any) -> StoredTensor:
     try:
-        kind, shape = entry["dtype"], tuple(entry["shape"])
+        kind, shape = entry["dtype"], entry["shape"]
         start, end = entry["data_offsets"]
+        if not (isinstance(kind, str) and isinstance(shape, list)):
+            raise ValueError("the dtype is not a name or the shape not a list")
         whole = [*shape, start, end]
-        if not all(type(n) is int and n >= 0 for n in whole):
+        if not all(type(n) is int and 0 <= n < 1 << 63 for n in whole):
             raise ValueError("a size or an offset is not a whole number")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
@@ -308,7 +310,7 @@ def _entry(file: Path, base: int, name: str, entry: Any) -> StoredTensor:
     nbytes = math.prod(shape) * dtype.itemsize
     if end - start != nbytes:
         raise CheckpointError(
-            f"{file}: {name} takes {end - start} bytes, but shape {list(shape)} of {kind} "
+            f"{file}: {name} takes {end - start} bytes, but shape {shape} of {kind} "
             f"is {nbytes}"
         )
-    return StoredTensor(name, file, dtype, shape, base + start, nbytes)
+    return StoredTensor(name, file, dtype, tuple(shape), base + start, nbytes)
