@@ -319,8 +319,10 @@ def _check_same_format(
             "the scales, transposition and permutation must agree. Replace the "
             "parameter instead, with load_state_dict(..., assign=True) for example"
         )
-    shared = target.permutation is not None and target._is_view()
-    if shared and not torch.equal(target.permutation, source.permutation):
+    orders = [
+        part for part in (target.permutation, source.permutation) if part is not None
+    ]
+    if orders and target._is_view() and not torch.equal(*orders):
         raise RuntimeError(
             f"copy_ of {source!r} into a view of a packed weight: their permutations "
             "differ, and other rows of that weight use the same one. Replace the whole "
