@@ -124,7 +124,9 @@ def quantize(
     ]
     for part in _slices(rows):
         codes, scale, bias = _quantize_rows(rows[part], bits, group_size)
-        for output, value in zip(outputs, (_fold(codes, bits), scale, bias)):
+        for output, value in zip(
+            outputs, (_fold(codes, bits), scale, bias), strict=True
+        ):
             output[part].copy_(value)
     _check_finite(rows, scales, biases)
     return packed.view(torch.uint32), scales, biases
@@ -142,9 +144,8 @@ def dequantize(
     """``code * scale + bias``, rounded once to `dtype` (default: that of the scales).
 
     `packed`: uint32 or int32 ``[..., N, W]``; `scales`, `biases`: any float dtype,
-    ``[..., N, K / group_size]``. Returns ``[..., N, K]``. The arithmetic is float64
-    where the device has it (its sums are then rounded a single time, whatever the
-    dtypes), else float32.
+    ``[..., N, K / group_size]``. Returns ``[..., N, K]``. The values are those of
+    float64 arithmetic, on devices that lack it those of float32.
     """
     check_parts(packed, scales, biases, bits=bits, group_size=group_size)
     dtype = scales.dtype if dtype is None else dtype
@@ -154,17 +155,13 @@ def dequantize(
     weight = scales.new_empty((*scales.shape[:-1], columns), dtype=dtype)
     if weight.is_meta or weight.numel() == 0:
         return weight
-    work = torch.float32 if packed.device.type == "mps" else torch.float64
     words = packed.contiguous().view(torch.int32).view(-1, packed.shape[-1])  # [N, W]
     scale = scales.reshape(-1, scales.shape[-1])  # [N, K // group_size]
     bias = biases.reshape(-1, biases.shape[-1])
     output = weight.view(-1, columns)
     for part in _slices(output):
-        codes = _unfold(words[part], bits).to(work)
-        codes = codes.unflatten(-1, (-1, group_size))  # [rows, K // group_size, group]
-        codes *= scale[part].to(work).unsqueeze(-1)
-        codes += bias[part].to(work).unsqueeze(-1)
-        output[part].copy_(codes.flatten(-2))
+        values = _dequantize_rows(words[part], scale[part], bias[part], bits, dtype)
+        output[part].copy_(values)
     return weight
 
 
@@ -244,6 +241,59 @@ def _quantize_rows(
     codes = weight - bias.unsqueeze(-1)
     codes.div_(scale.unsqueeze(-1)).round_().clamp_(0, levels)
     return codes.flatten(-2).to(torch.uint8), scale, bias
+
+
+def _dequantize_rows(
+    words: Tensor, scale: Tensor, bias: Tensor, bits: int, dtype: torch.dtype
+) -> Tensor:
+    """``code * scale + bias`` [n, K], such that casting it to `dtype` rounds once."""
+    device = words.device.type
+    # float32 is faster. On an accelerator the question would wait for the device, on
+    # small slices it costs more than it saves.
+    in_float32 = device == "mps" or (
+        device == "cpu"
+        and scale.dtype != torch.float32
+        and dtype != torch.float64
+        and words.numel() > 1 << 12
+        and _exact_in_float32(scale, bias, bits)
+    )
+    work = torch.float32 if in_float32 else torch.float64
+    values = _unfold(words, bits).to(work).unflatten(-1, (scale.shape[-1], -1))
+    values *= scale.to(work).unsqueeze(-1)
+    values += bias.to(work).unsqueeze(-1)
+    values = values.flatten(-2)
+    if work == torch.float64 and dtype.itemsize == 2:
+        _round_to_odd_(values)
+    return values
+
+
+def _exact_in_float32(scale: Tensor, bias: Tensor, bits: int) -> bool:
+    """Whether float32 holds each ``code * scale + bias`` as it is, for 16-bit parts.
+
+    So it is for groups as `quantize` makes them: the sum is a multiple of the last place
+    of scale or bias, whichever is smaller, and has at most 24 bits.
+    """
+    # The last place of x is more than x * eps / 2.
+    longest = 2**24 * torch.finfo(scale.dtype).eps / 2
+    scale, bias = scale.float().abs(), bias.float().abs()
+    largest = scale * ((1 << bits) - 1) + bias
+    none = torch.tensor(torch.inf)
+    smallest = torch.minimum(scale.where(scale > 0, none), bias.where(bias > 0, none))
+    fits = largest < smallest * longest
+    return bool((fits & largest.isfinite()).all())
+
+
+def _round_to_odd_(values: Tensor) -> None:
+    """Cut float64 to 13 significant bits, the last one set where any was cut off.
+
+    Casts from float64 to float16 and bfloat16 go through float32 and so round twice,
+    which errs where the first rounding makes a tie. After this they are as if from
+    float64: two bits more than the target's are enough to tell on which side it lies.
+    """
+    words = values.view(torch.int64)
+    cut = (1 << 40) - 1  # of 53 bits
+    sticky = (words & cut).add_(cut).bitwise_and_(cut + 1)
+    words.bitwise_and_(~cut).bitwise_or_(sticky)
 
 
 def _fold(codes: Tensor, bits: int) -> Tensor:

@@ -190,9 +190,9 @@ def _matmul(
     return torch.empty_like(y).index_copy_(-1, permutation.long(), y)
 
 
-def _fake_grouped(
+def _fake_grouped(  # type: ignore[no-untyped-def]
     x, packed, scales, biases, permutation=None, offsets=None, indices=None, **format
-):  # type: ignore[no-untyped-def]
+):
     columns = scales.shape[-1] * format["group_size"]
     _check_input(x, columns, format["dtype"], "grouped_linear")
     return x.new_empty((x.shape[0], packed.shape[-2]))

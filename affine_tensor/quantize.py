@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -185,7 +185,7 @@ def _misfit(slot: Slot, config: AffineConfig) -> str | None:
     weight = slot.parameter
     if isinstance(weight, AffineQuantizedTensor):
         return "it is quantized already"
-    if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+    if nn.parameter.is_lazy(weight):
         return "its shape is not known yet"
     for _, module, _ in slot.places:
         if isinstance(module, nn.Embedding) and module.max_norm is not None:
@@ -279,15 +279,17 @@ def footprint(model: nn.Module) -> Footprint:
     rows = []
     for slot in slots(model).values():
         module, weight = slot.places[0][1], slot.parameter
-        quantized = isinstance(weight, AffineQuantizedTensor)
+        bits, group_size = 8 * weight.element_size(), None
+        if isinstance(weight, AffineQuantizedTensor):
+            bits, group_size = weight.bits, weight.group_size
         others = tuple(".".join(filter(None, (n, own))) for n, _, own in slot.places)
         rows.append(
             FootprintRow(
                 name=slot.name,
                 kind=type(module).__name__,
                 shape=tuple(weight.shape),
-                bits=weight.bits if quantized else 8 * weight.element_size(),
-                group_size=weight.group_size if quantized else None,
+                bits=bits,
+                group_size=group_size,
                 bytes=weight.nbytes,
                 tied=others[1:],
             )
@@ -311,7 +313,7 @@ def _alike(rows: tuple[FootprintRow, ...]) -> dict[tuple, list[FootprintRow]]:
     return groups
 
 
-def format_table(rows: list[tuple[str, ...]]) -> str:
+def format_table(rows: Sequence[tuple[str, ...]]) -> str:
     """Rows as aligned text: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

@@ -182,11 +182,11 @@ class AffineQuantizedTensor(torch.Tensor):
         return self._packed.view(torch.uint32)
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> int:  # type: ignore[override]
         """Bytes that the parts take, not those of the dense tensor."""
         return sum(part.nbytes for part in self._parts())
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight, in `dtype` or the tensor's own, rounded once."""
         weight = torch.ops.affine_tensor.dequantize(
             self._packed,
@@ -199,8 +199,8 @@ class AffineQuantizedTensor(torch.Tensor):
         )
         return weight.transpose(-1, -2) if self.transposed else weight
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
-        fields = {
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        fields: dict[str, object] = {
             "shape": list(self.shape),
             "dtype": _short(self._dtype),
             "bits": self.bits,
@@ -257,7 +257,7 @@ class AffineQuantizedTensor(torch.Tensor):
         kept = self.permutation
         if kept is not None:
             kept = (permutation or part)(kept)
-        fields = {
+        fields: dict[str, Any] = {
             "bits": self.bits,
             "group_size": self.group_size,
             "dtype": self._dtype,
@@ -293,7 +293,7 @@ class AffineQuantizedTensor(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         handler = OPS.get(func) or OPS[FALLBACK]
@@ -417,7 +417,7 @@ def _set_data(tensor: Tensor, value: Tensor) -> None:
             "to resize its embedding for example"
         )
     with torch._C.DisableTorchFunctionSubclass():
-        torch.Tensor.data.__set__(tensor, value)
+        torch.Tensor.data.__set__(tensor, value)  # type: ignore[attr-defined]
     names = [*value.__tensor_flatten__()[0], "bits", "group_size", "transposed"]
     tensor.permutation = None
     for name in [*names, "_dtype"]:

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
@@ -84,13 +85,13 @@ class StoredTensor:
         data = torch.empty(self.nbytes, dtype=torch.uint8)
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
-            view, done = memoryview(data.numpy()), 0
+            view, done = memoryview(data.numpy()), 0  # type: ignore[arg-type]
             while done < self.nbytes:  # one read gives 2 GB at most on Linux
                 count = file.readinto(view[done:])
                 if not count:
                     raise CheckpointError(
-                        f"{self.file.name} ends inside {self.name}: it is truncated, or "
-                        "changed while it was read. Fetch it again"
+                        f"{self.file.name} ends inside {self.name}: it is truncated, "
+                        "or changed while it was read. Fetch it again"
                     )
                 done += count
         return data.view(self.dtype).view(self.shape)
@@ -154,8 +155,9 @@ def fetch(
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Read the configuration and all headers of a local checkpoint.
 
-    No weight is read yet. Raises CheckpointError on a missing shard, a truncated file, a
-    broken header, an index that leads out of the folder, or a tensor that two files have.
+    No weight is read yet. Raises CheckpointError on a missing shard, a truncated file,
+    a broken header, an index that leads out of the folder, or a tensor that two files
+    have.
     """
     files = weight_files(folder)
     tensors: dict[str, StoredTensor] = {}
@@ -277,8 +279,8 @@ def read_header(file: Path) -> list[StoredTensor]:
     for tensor in tensors:
         if tensor.start != end:
             raise CheckpointError(
-                f"{file}: {tensor.name} begins at byte {tensor.start}, where the tensor "
-                f"before it ends at {end}; the header is broken"
+                f"{file}: {tensor.name} begins at byte {tensor.start}, where the "
+                f"tensor before it ends at {end}; the header is broken"
             )
         end += tensor.nbytes
     if end != size:

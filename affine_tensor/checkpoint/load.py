@@ -1,4 +1,4 @@
-"""Putting a checkpoint into a model: all is checked and read before anything changes."""
+"""Putting a checkpoint into a model: all is checked and read before it changes."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ class LoadReport:
 
 @dataclass(frozen=True)
 class _Buffer:
-    """A persistent buffer, in the shape of a `Slot`."""
+    """One distinct persistent buffer and its places, in the shape of a `Slot`."""
 
     parameter: Tensor
     name: str
-    module: nn.Module
-    own: str
+    places: list[tuple[nn.Module, str]]
 
     def put(self, value: Tensor) -> None:
-        self.module._buffers[self.own] = value
+        for module, own in self.places:
+            module._buffers[own] = value
 
 
 _Target = Slot | _Buffer
@@ -107,17 +107,24 @@ def load_checkpoint_(
     )
     checkpoint = open_checkpoint(folder)
     if not mlx.recognizes(checkpoint):
-        raise CheckpointError(
-            f"{folder} is not in MLX format: its config.json has no 'quantization' with "
-            "bits and group_size, and no tensor is named *.scales. Load a dense model "
-            "with its own library, and call quantize_ on it"
-        )
+        raise CheckpointError(f"{folder} is not in MLX format: {_why_not(checkpoint)}")
     plan = _make_plan(model, checkpoint)
     report = LoadReport(str(source), ignored=plan.ignored)
     values = list(_read(plan, report, progress))
     for target, value in values:
         _put(target, value)
     return report
+
+
+def _why_not(checkpoint: Checkpoint) -> str:
+    methods = [found.get("quant_method") for found in mlx.settings(checkpoint.config)]
+    if any(methods):
+        return f"its config.json says quant_method {next(filter(None, methods))!r}"
+    return (
+        "its config.json has no 'quantization' with bits and group_size, and no tensor "
+        "is named *.scales. Load a dense model with its own library, and call quantize_ "
+        "on it"
+    )
 
 
 def _make_plan(model: nn.Module, checkpoint: Checkpoint) -> _Plan:
@@ -137,7 +144,8 @@ def _make_plan(model: nn.Module, checkpoint: Checkpoint) -> _Plan:
     }
     stored.update(packed)
 
-    plan, misfits, unexpected = _Plan(), dict(broken), []
+    plan, misfits = _Plan(), dict(broken)
+    unexpected: list[str] = []
     filled: set[int] = set()
     for name, value in stored.items():
         target = targets.get(name)
@@ -173,6 +181,7 @@ def _targets(model: nn.Module) -> tuple[dict[str, _Target], set[str]]:
         for module, _, own in slot.places:
             targets[f"{module}.{own}" if module else own] = slot
     others = set()
+    buffers: dict[int, _Buffer] = {}
     for prefix, module in model.named_modules():
         for own, buffer in module._buffers.items():
             if buffer is None:
@@ -181,7 +190,9 @@ def _targets(model: nn.Module) -> tuple[dict[str, _Target], set[str]]:
             if own in module._non_persistent_buffers_set:
                 others.add(name)
             else:
-                targets[name] = _Buffer(buffer, name, module, own)
+                shared = buffers.setdefault(id(buffer), _Buffer(buffer, name, []))
+                shared.places.append((module, own))
+                targets[name] = shared
     return targets, others
 
 
@@ -254,22 +265,30 @@ def _value(target: _Target, stored: _Stored) -> Tensor:
     device = torch.device("cpu") if own.is_meta else own.device
     if isinstance(stored, mlx.PackedWeight):
         return stored.read(own.dtype, device)
-    return stored.read().view(own.shape).to(device, own.dtype)
+    value = stored.read().view(own.shape)
+    if own.dtype == torch.float16 and value.dtype != torch.float16:
+        limit = torch.finfo(torch.float16).max
+        if bool((value.abs() > limit).any() & value.isfinite().all()):
+            raise CheckpointError(
+                f"{target.name} has values beyond float16's {limit:.0f}; load the "
+                "model in bfloat16 or float32"
+            )
+    return value.to(device, own.dtype)
 
 
 def _put(target: _Target, value: Tensor) -> None:
     """Exchange a packed parameter, and what was on the meta device; copy the rest."""
     own = target.parameter
-    if isinstance(target, _Buffer):
-        if own.is_meta:
-            target.put(value)
-        else:
-            own.copy_(value)
-        return
     packed = isinstance(value, AffineQuantizedTensor)
-    if packed or own.is_meta or isinstance(own, AffineQuantizedTensor):
+    if not (packed or own.is_meta or isinstance(own, AffineQuantizedTensor)):
+        try:
+            with torch.no_grad():
+                own.copy_(value)
+            return
+        except RuntimeError:
+            pass  # not to be written to: expanded, or made in inference mode
+    if isinstance(target, _Buffer):
+        target.put(value)
+    else:
         grad = own.requires_grad and not packed
         target.put(nn.Parameter(value, requires_grad=grad))
-    else:
-        with torch.no_grad():
-            own.copy_(value)

@@ -37,6 +37,10 @@ class PackedWeight:
         return (*self.scales.shape[:-1], self.scales.shape[-1] * self.group_size)
 
     @property
+    def format(self) -> tuple[int, int]:
+        return self.bits, self.group_size
+
+    @property
     def place(self) -> tuple[str, int]:
         return self.packed.place
 
@@ -75,19 +79,19 @@ def recognizes(checkpoint: Checkpoint) -> bool:
 
 def declared_formats(config: dict[str, Any]) -> set[tuple[int, int]]:
     """The pairs (bits, group_size) that the configuration names anywhere."""
-    pairs = set()
-    for quantization in settings(config):
-        default = (quantization.get("bits"), quantization.get("group_size"))
-        pairs.add(default)
-        for value in quantization.values():
-            if isinstance(value, dict):
-                pairs.add(
-                    (
-                        value.get("bits", default[0]),
-                        value.get("group_size", default[1]),
-                    )
-                )
+    entries = [e for found in settings(config) for e in _entries(found).values()]
+    pairs = [_pair(entry) for entry in entries]
     return {(b, g) for b, g in pairs if isinstance(b, int) and isinstance(g, int)}
+
+
+def _entries(quantization: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The settings of each module that has its own, and the general ones as ''."""
+    own = {k: v for k, v in quantization.items() if isinstance(v, dict)}
+    return {"": quantization, **{k: quantization | v for k, v in own.items()}}
+
+
+def _pair(entry: dict[str, Any]) -> tuple[Any, Any]:
+    return entry.get("bits"), entry.get("group_size")
 
 
 def check_settings(config: dict[str, Any]) -> list[str]:
@@ -106,24 +110,26 @@ def _check_entry(where: str, entry: dict[str, Any]) -> list[str]:
     mode = entry.get("mode", "affine")
     if mode != "affine":
         problems.append(
-            f"{where}: mode is {mode!r}; only 'affine' is read so far. Convert the model "
-            "again with mlx_lm.convert --q-mode affine"
+            f"{where}: mode is {mode!r}; only 'affine' is read so far. Convert the "
+            "model again with mlx_lm.convert --q-mode affine"
         )
         return problems
     for key, allowed in (("bits", layout.BITS), ("group_size", layout.GROUP_SIZES)):
-        if key in entry and entry[key] not in allowed:
+        value = entry.get(key, allowed[0])
+        if type(value) is not int or value not in allowed:
             problems.append(
-                f"{where}: {key} is {entry[key]!r}; allowed are {layout.join(allowed)}"
+                f"{where}: {key} is {value!r}; allowed are {layout.join(allowed)}"
             )
     return problems
 
 
 def _stems(checkpoint: Checkpoint) -> list[str]:
-    """Names of the modules that have scales beside a weight."""
-    names = [
-        n.removesuffix(".scales") for n in checkpoint.tensors if n[-7:] == ".scales"
-    ]
-    return [name for name in names if f"{name}.weight" in checkpoint.tensors]
+    """What stands before "weight" where scales stand beside one: "model.head.", say;
+    nothing if the model itself is the module."""
+    tensors = checkpoint.tensors
+    ends = [n for n in tensors if n == "scales" or n.endswith(".scales")]
+    stems = [name.removesuffix("scales") for name in ends]
+    return [stem for stem in stems if f"{stem}weight" in tensors]
 
 
 def packed_weights(
@@ -140,12 +146,19 @@ def packed_weights(
     weights: dict[str, PackedWeight] = {}
     broken: dict[str, str] = {}
     parts: set[str] = set()
-    for stem in _stems(checkpoint):
-        name = f"{stem}.weight"
+    stems = _stems(checkpoint)
+    entries = _entries(next(iter(settings(checkpoint.config)), {}))
+    # Some converters spell modules in config.json otherwise than in the files.
+    astray = {_pair(v) for k, v in entries.items() if k and f"{k}." not in stems}
+    for stem in stems:
+        name = f"{stem}weight"
         if name not in columns:
             continue
-        parts |= {name, f"{stem}.scales", f"{stem}.biases"} & checkpoint.tensors.keys()
+        parts |= {name, f"{stem}scales", f"{stem}biases"} & checkpoint.tensors.keys()
         found = _packed_weight(checkpoint, stem, columns[name], declared)
+        if isinstance(found, PackedWeight) and found.format not in astray:
+            own = entries.get(stem.removesuffix("."), entries[""])
+            found = _contradiction(found, *_pair(own)) or found
         if isinstance(found, str):
             broken[name] = found
         else:
@@ -157,9 +170,9 @@ def _packed_weight(
     checkpoint: Checkpoint, stem: str, columns: int, declared: set[tuple[int, int]]
 ) -> PackedWeight | str:
     """One packed weight, or what is wrong with it."""
-    name, tensors = f"{stem}.weight", checkpoint.tensors
-    packed, scales = tensors[name], tensors[f"{stem}.scales"]
-    biases = tensors.get(f"{stem}.biases")
+    name, tensors = f"{stem}weight", checkpoint.tensors
+    packed, scales = tensors[name], tensors[f"{stem}scales"]
+    biases = tensors.get(f"{stem}biases")
     if scales.dtype == torch.uint8 or biases is None:
         return (
             f"it has {_says(scales)} scales and "
@@ -196,6 +209,22 @@ def _packed_weight(
             f"config.json does not name (it has {_pairs(declared)})"
         )
     return PackedWeight(name, packed, scales, biases, bits, group_size)
+
+
+def _contradiction(found: PackedWeight, bits: Any, group_size: Any) -> str | None:
+    """Whether the module's own settings make another, equally consistent shape of it.
+
+    Twice the columns at half the bits and twice the group size are the same arrays.
+    """
+    if None in (bits, group_size) or (bits, group_size) == found.format:
+        return None
+    columns = found.scales.shape[-1] * group_size
+    if columns * bits != 32 * found.packed.shape[-1]:
+        return None
+    return (
+        f"{columns} columns of {bits} bits, group size {group_size}, as config.json "
+        f"says; the model has {found.shape[-1]} columns"
+    )
 
 
 def _says(tensor: StoredTensor) -> str:

@@ -320,7 +320,8 @@ def _write_weights(
     progress: bool,
 ) -> None:
     shards = list(_shards(entries, limit))
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     bar = tqdm(
         total=len(entries),
         desc="saving",
@@ -383,7 +384,7 @@ def _config(
     model: nn.Module, entries: list[_Entry], origin: Path | None
 ) -> dict[str, Any]:
     """config.json: the model's own, in both spellings, with the quantization."""
-    own = getattr(model, "config", None)
+    own: Any = getattr(model, "config", None)
     config: dict[str, Any] = {}
     if hasattr(own, "to_json_string"):
         # Not to_dict: this way also infinite values come out as valid JSON.
