@@ -85,7 +85,7 @@ class StoredTensor:
         data = torch.empty(self.nbytes, dtype=torch.uint8)
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
-            view, done = memoryview(data.numpy()), 0  # type: ignore[arg-type]
+            view, done = memoryview(data.numpy().data), 0
             while done < self.nbytes:  # one read gives 2 GB at most on Linux
                 count = file.readinto(view[done:])
                 if not count:
@@ -316,3 +316,18 @@ def _entry(file: Path, base: int, name: str, entry: Any) -> StoredTensor:
             f"is {nbytes}"
         )
     return StoredTensor(name, file, dtype, tuple(shape), base + start, nbytes)
+
+
+def cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A dense tensor in `dtype`; raises CheckpointError where a number becomes inf."""
+    new = value.to(dtype)
+    # 8-bit floats lack isfinite, and fit everywhere.
+    if value.is_floating_point() and dtype != value.dtype and value.element_size() > 1:
+        lost = new.isinf() & value.isfinite()
+        if bool(lost.any()):
+            worst = float(value[lost].abs().max())
+            raise CheckpointError(
+                f"{name} holds {worst:.6g}, which {str(dtype).removeprefix('torch.')} "
+                "cannot express; take bfloat16 or float32"
+            )
+    return new

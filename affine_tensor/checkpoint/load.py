@@ -16,7 +16,14 @@ from tqdm.auto import tqdm
 from ..quantize import Slot, format_table, slots
 from ..tensor import AffineQuantizedTensor
 from . import mlx
-from .files import Checkpoint, CheckpointError, StoredTensor, fetch, open_checkpoint
+from .files import (
+    Checkpoint,
+    CheckpointError,
+    StoredTensor,
+    cast,
+    fetch,
+    open_checkpoint,
+)
 
 # How many names of a kind one error message lists.
 _LISTED = 20
@@ -34,7 +41,7 @@ class LoadReport:
     dense_bytes: int = 0
 
     def __str__(self) -> str:
-        rows = [("loaded", "count", "bits", "group")]
+        rows: list[tuple[str, ...]] = [("loaded", "count", "bits", "group")]
         for (bits, group), count in sorted(Counter(self.packed.values()).items()):
             rows.append(("packed weights", str(count), str(bits), str(group)))
         rows.append(("dense tensors", str(len(self.dense)), "-", "-"))
@@ -88,10 +95,10 @@ def load_checkpoint_(
 
     `source` is a folder or the name of a Hub repository (the keywords are those of
     huggingface_hub). Each weight that the checkpoint has quantized becomes an
-    `AffineQuantizedTensor` parameter of the module that it belongs to, on the device and
-    with the dtype of the parameter that it replaces (from the meta device: on the CPU);
-    its scales keep the dtype of the file. Other tensors are copied into the model's own
-    and cast to their dtype. Tied weights may be stored once.
+    `AffineQuantizedTensor` parameter of the module that it belongs to, on the device
+    and with the dtype of the parameter that it replaces (from the meta device: on the
+    CPU); its scales keep the dtype of the file. Other tensors are copied into the
+    model's own and cast to their dtype. Tied weights may be stored once.
 
     The load is a transaction: everything is checked and read before the model changes.
     Raises `CheckpointError` (a ValueError), which lists every missing, unexpected,
@@ -122,8 +129,8 @@ def _why_not(checkpoint: Checkpoint) -> str:
         return f"its config.json says quant_method {next(filter(None, methods))!r}"
     return (
         "its config.json has no 'quantization' with bits and group_size, and no tensor "
-        "is named *.scales. Load a dense model with its own library, and call quantize_ "
-        "on it"
+        "is named *.scales. Load a dense model with its own library, and call "
+        "quantize_ on it"
     )
 
 
@@ -254,8 +261,8 @@ def _read(
     for target, stored in plan.repeated:
         if not torch.equal(_value(target, stored), read[id(target.parameter)]):
             raise CheckpointError(
-                f"the model ties {target.name} and {stored.name}, and the checkpoint has "
-                "different values for them. Untie them first: "
+                f"the model ties {target.name} and {stored.name}, and the checkpoint "
+                "has different values for them. Untie them first: "
                 "config.tie_word_embeddings = False"
             )
 
@@ -266,14 +273,7 @@ def _value(target: _Target, stored: _Stored) -> Tensor:
     if isinstance(stored, mlx.PackedWeight):
         return stored.read(own.dtype, device)
     value = stored.read().view(own.shape)
-    if own.dtype == torch.float16 and value.dtype != torch.float16:
-        limit = torch.finfo(torch.float16).max
-        if bool((value.abs() > limit).any() & value.isfinite().all()):
-            raise CheckpointError(
-                f"{target.name} has values beyond float16's {limit:.0f}; load the "
-                "model in bfloat16 or float32"
-            )
-    return value.to(device, own.dtype)
+    return cast(target.name, value, own.dtype).to(device)
 
 
 def _put(target: _Target, value: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from .. import layout
 from ..quantize import slots
 from ..tensor import AffineQuantizedTensor, logger
-from .files import CONFIG, INDEX, fetch, read_json
+from .files import CONFIG, INDEX, cast, fetch, read_json
 
 Unsupported = Literal["error", "dense", "requantize"]
 
@@ -66,8 +66,8 @@ class SaveReport:
         if self.cast:
             worst = max(self.cast, key=lambda name: self.cast[name])
             lines.append(
-                f"casting scales and biases changed {len(self.cast)} weights, at most by "
-                f"{self.cast[worst]:.2g} quantization steps ({worst}); dtype='keep' "
+                f"casting scales and biases changed {len(self.cast)} weights, at most "
+                f"by {self.cast[worst]:.2g} quantization steps ({worst}); dtype='keep' "
                 "writes them as they are, and mlx-lm then computes in float32"
             )
         lines += [f"{name}: {what}" for name, what in self.changed.items()]
@@ -112,26 +112,29 @@ def save_checkpoint(
     The configuration, generation configuration and a model card go along, and the
     tokenizer: `tokenizer` is one of transformers, or a folder or repository to copy its
     files from (default: where the model came from). All is written beside `folder` and
-    moved into place; an existing folder that is not empty raises FileExistsError, unless
-    `overwrite`. Raises ValueError, which lists them, for weights that MLX cannot hold.
+    moved into place; an existing folder that is not empty raises FileExistsError,
+    unless `overwrite`, which replaces it as a whole. Raises ValueError, which lists
+    them, for weights that MLX cannot hold.
     """
     folder = Path(folder).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; a folder is written")
     if folder.exists() and not overwrite and any(folder.iterdir()):
         raise FileExistsError(
             f"{folder} is not empty; pass overwrite=True to replace it"
         )
     report = SaveReport(folder)
     entries = _entries(model, _scale_dtype(model, dtype), unsupported, report)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    place = folder.resolve()  # behind a link, and with a name where it is "."
+    beside = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}")
+    beside.mkdir(parents=True)
     try:
         _write_weights(entries, beside, max_shard_bytes, report, progress)
         origin = _origin(model)
         _write_json(beside / CONFIG, _config(model, entries, origin))
         _write_companions(model, beside, tokenizer or origin, report)
-        beside.chmod(0o755)  # mkdtemp's is private
         report.files = sorted(path.name for path in beside.iterdir())
-        _move_into_place(beside, folder)
+        _move_into_place(beside, place)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
@@ -177,7 +180,8 @@ def _entries(
     """Everything to store, each tie once; raises if MLX cannot hold something."""
     if unsupported not in ("error", "dense", "requantize"):
         raise ValueError(
-            f"unsupported is {unsupported!r}; allowed are 'error', 'dense', 'requantize'"
+            f"unsupported is {unsupported!r}; allowed are 'error', 'dense' and "
+            "'requantize'"
         )
     main = Counter(weight._dtype for weight in _packed(model)).most_common(1)
     entries, problems = [], []
@@ -190,7 +194,7 @@ def _entries(
         reason = _misfit(name, value)
         if reason and unsupported == "error":
             problems.append(f"  {name}: {reason}")
-        elif reason and (unsupported == "dense" or not name.endswith("weight")):
+        elif reason and (unsupported == "dense" or not _is_weight(name)):
             report.changed[name] = f"written dense ({reason})"
             entries.append(_dense_entry(name, value, scales))
         else:
@@ -212,9 +216,13 @@ def _entries(
     return entries
 
 
+def _is_weight(name: str) -> bool:
+    return name == "weight" or name.endswith(".weight")
+
+
 def _misfit(name: str, weight: AffineQuantizedTensor) -> str | None:
     """Why MLX cannot hold this weight as it is, or None."""
-    if not (name == "weight" or name.endswith(".weight")):
+    if not _is_weight(name):
         return "MLX keeps scales and biases beside a parameter called weight"
     if weight.permutation is not None:
         return "its columns are permuted (act-order)"
@@ -232,8 +240,11 @@ def _dense_entry(name: str, value: Tensor, dtype: torch.dtype | None) -> _Entry:
     def make() -> dict[str, Tensor]:
         dense = value.detach()
         if isinstance(dense, AffineQuantizedTensor):
-            return {name: _own(dense.dequantize(dtype))}
-        return {name: _own(dense.to(dtype))}
+            once = dense.dequantize(dtype)  # rounded once
+            if not bool(once.isinf().any()):
+                return {name: _own(once)}
+            dense = dense.dequantize(torch.float32)
+        return {name: _own(cast(name, dense, dtype))}
 
     return _Entry(name, value.numel() * dtype.itemsize, make)
 
@@ -251,8 +262,9 @@ def _packed_entry(
         sizes = [g for g in _MLX_GROUP_SIZES if value.shape[-1] % g == 0]
         if not sizes:
             raise ValueError(
-                f"{name}: {value.shape[-1]} columns are no multiple of any of MLX's group "
-                f"sizes ({layout.join(_MLX_GROUP_SIZES)}); pass unsupported='dense'"
+                f"{name}: {value.shape[-1]} columns are no multiple of any of MLX's "
+                f"group sizes ({layout.join(_MLX_GROUP_SIZES)}); pass "
+                "unsupported='dense'"
             )
         group = min(sizes, key=lambda g: abs(g - value.group_size))
     report.packed[name] = (value.bits, group)
@@ -302,11 +314,21 @@ def _cast(
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """A contiguous CPU tensor that shares memory with no other."""
+    """A contiguous CPU tensor, the whole of its storage."""
     tensor = tensor.detach().to("cpu").contiguous()
     if tensor.untyped_storage().nbytes() != tensor.nbytes:
         tensor = tensor.clone()
     return tensor
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies where two share their memory, which safetensors does not write."""
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        address = tensor.data_ptr()
+        tensors[name] = tensor.clone() if address in seen else tensor
+        seen.add(address)
+    return tensors
 
 
 # ---- writing --------------------------------------------------------------------
@@ -340,7 +362,7 @@ def _write_weights(
         for entry in shard:
             tensors |= entry.make()
             bar.update()
-        save_file(tensors, folder / name, metadata={"format": "mlx"})
+        save_file(_unshared(tensors), folder / name, metadata={"format": "mlx"})
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(tensor.nbytes for tensor in tensors.values())
     bar.close()
@@ -370,7 +392,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _origin(model: nn.Module) -> Path | None:
-    """The folder that a transformers model was loaded from, if it is on this machine."""
+    """The folder that a transformers model came from, if it is on this machine."""
     name = getattr(getattr(model, "config", None), "name_or_path", None)
     if not name:
         return None
@@ -494,11 +516,15 @@ def _move_into_place(beside: Path, folder: Path) -> None:
     if not folder.exists():
         beside.rename(folder)
         return
+    shutil.copymode(folder, beside)
     old = beside.with_name(f"{beside.name}.old")
     folder.rename(old)
     try:
         beside.rename(folder)
-    except OSError:
+    except BaseException:
         old.rename(folder)
         raise
-    shutil.rmtree(old)
+    try:
+        shutil.rmtree(old)
+    except OSError as error:
+        logger.warning("%s is written; delete %s yourself: %s", folder, old, error)

@@ -31,13 +31,13 @@ def from_pretrained(
     """Load an MLX checkpoint into the stock transformers model of its architecture.
 
     `source` is a folder or a Hub repository. The model is `model_class` (an auto class
-    with `from_config`), in evaluation mode; its Linear and Embedding modules are torch's
-    own, with packed weights. `dtype` ("auto": the one that config.json names) is what it
-    computes in. `device_map` is one device here. Further keywords change the
+    or a class of models), in evaluation mode; its Linear and Embedding modules are
+    torch's own, with packed weights. `dtype` ("auto": the one that config.json names)
+    is what it computes in. `device_map` is one device here. Further keywords change the
     configuration, as they do in transformers.
 
-    Raises `CheckpointError` where the checkpoint's tensors do not fit the model, missing
-    ones included, and what huggingface_hub and transformers raise.
+    Raises `CheckpointError` where the checkpoint's tensors do not fit the model,
+    missing ones included, and what huggingface_hub and transformers raise.
     """
     device = _one_device(device_map)
     hub: dict[str, Any] = {
@@ -57,7 +57,8 @@ def from_pretrained(
     config.name_or_path = str(source)
     with _parameters_on_meta():
         options = {} if dtype == "auto" else {"dtype": dtype}
-        model = model_class.from_config(config, **options)
+        build = getattr(model_class, "from_config", None) or model_class._from_config
+        model = build(config, **options)
     if device is not None:
         for module in model.modules():  # parameters are still on meta
             for name, buffer in module._buffers.items():
