@@ -273,14 +273,13 @@ def _exact_in_float32(scale: Tensor, bias: Tensor, bits: int) -> bool:
     So it is for groups as `quantize` makes them: the sum is a multiple of the last place
     of scale or bias, whichever is smaller, and has at most 24 bits.
     """
-    # The last place of x is more than x * eps / 2.
-    longest = 2**24 * torch.finfo(scale.dtype).eps / 2
-    scale, bias = scale.float().abs(), bias.float().abs()
-    largest = scale * ((1 << bits) - 1) + bias
-    none = torch.tensor(torch.inf)
-    smallest = torch.minimum(scale.where(scale > 0, none), bias.where(bias > 0, none))
-    fits = largest < smallest * longest
-    return bool((fits & largest.isfinite()).all())
+    levels = (1 << bits) - 1
+    # The last place of x is more than x * eps / 2; another factor of 2 covers the
+    # rounding of the ratio.
+    longest = 2**24 * torch.finfo(scale.dtype).eps / 4
+    low, high = (bias / scale).abs_().aminmax()
+    near = float(low) > levels / longest and float(high) < longest - levels
+    return near and float(scale.abs().amax()) < 2.0**100  # far from overflow
 
 
 def _round_to_odd_(values: Tensor) -> None:

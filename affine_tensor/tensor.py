@@ -158,9 +158,12 @@ class AffineQuantizedTensor(torch.Tensor):
             raise TypeError(
                 f"dtype is {dtype}; allowed are {layout.join(layout.LOGICAL_DTYPES)}"
             )
-        devices = {part.device for part in (packed, scales, biases)}
+        devices = {str(part.device) for part in (packed, scales, biases)}
         if len(devices) > 1:
-            raise ValueError(f"the parts lie on several devices: {devices}")
+            raise ValueError(
+                f"the parts lie on several devices, {' and '.join(sorted(devices))}; "
+                "move them to one"
+            )
         if transposed and packed.dim() < 2:
             raise ValueError("a tensor of one dimension cannot be transposed")
         if permutation is not None:
@@ -401,15 +404,12 @@ def _linear_fast(input: Any, weight: Any, bias: Any = None) -> Tensor | None:
 
 
 def _set_data(tensor: Tensor, value: Tensor) -> None:
-    """``tensor.data = value``: torch alone would exchange the shell and keep the parts.
+    """``weight.data = value``: torch alone would exchange the shell and keep the parts.
 
-    Swapping in another packed weight works, and a packed weight into a plain tensor or
-    the reverse does not.
+    Only another packed weight can be put in. (Into a plain tensor torch puts a packed
+    weight unasked, and so loses it: it is the tensor written to that has a say.)
     """
-    if not (
-        isinstance(tensor, AffineQuantizedTensor)
-        and isinstance(value, AffineQuantizedTensor)
-    ):
+    if not isinstance(value, AffineQuantizedTensor):
         raise RuntimeError(
             f"cannot assign {_describe(value)} to the .data of {_describe(tensor)}: "
             "their storage differs in kind. Replace the parameter itself, or use "

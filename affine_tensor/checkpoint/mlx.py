@@ -51,7 +51,8 @@ class PackedWeight:
             wide = torch.promote_types(scales.dtype, biases.dtype)
             scales, biases = scales.to(wide), biases.to(wide)
         return AffineQuantizedTensor.from_packed(
-            self.packed.read().to(device),
+            # As int32: not every device has uint32.
+            self.packed.read().view(torch.int32).to(device),
             scales.to(device),
             biases.to(device),
             bits=self.bits,
