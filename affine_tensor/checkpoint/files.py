@@ -127,7 +127,7 @@ def fetch(
     what huggingface_hub raises.
     """
     folder = Path(source).expanduser()
-    if folder.is_dir():
+    if source != "" and folder.is_dir():  # Path("") is the working directory
         return folder
     try:
         validate_repo_id(str(source))
@@ -199,9 +199,11 @@ def weight_files(folder: Path) -> list[Path]:
     absent = [file.name for file in indexed if not file.is_file()]
     if indexed and not absent:
         return indexed
-    found = sorted(folder.glob("model*.safetensors")) or sorted(
-        folder.glob("weight*.safetensors")
-    )
+    # A link of the Hub's cache whose file was deleted is no file.
+    there = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
+    found = [file for file in there if file.name.startswith("model")] or [
+        file for file in there if file.name.startswith("weight")
+    ]
     if not found:
         others = sorted(p.name for p in folder.iterdir() if p.is_file())
         raise CheckpointError(
