@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import textwrap
 from collections.abc import Iterator
 
 import pytest
@@ -42,6 +43,12 @@ def make(
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def wrapped(text: str) -> str:
+    """A text as it is pinned, in lines that fit a page."""
+    lines = text.splitlines()
+    return "\n".join(textwrap.fill(line, 76, subsequent_indent="  ") for line in lines)
 
 
 class _Lines(logging.Handler):

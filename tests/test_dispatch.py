@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make, randn
+from conftest import make, randn, wrapped
 from expecttest import assert_expected_inline
 from torch import Tensor, nn
 
@@ -337,10 +337,10 @@ def test_weights_with_different_permutations_are_not_joined_along_rows() -> None
     with pytest.raises(ValueError, match="permutations") as error:
         torch.cat([one, other])
     assert_expected_inline(
-        str(error.value),
+        wrapped(str(error.value)),
         """\
-weights with different permutations cannot be joined along their rows; \
-dequantize() them first""",
+weights with different permutations cannot be joined along their rows;
+  dequantize() them first""",
     )
     assert_same(torch.stack([one, other]), torch.stack([dense(one), dense(other)]))
 
@@ -617,10 +617,10 @@ def test_embedding_refuses_max_norm(mode: str) -> None:
     with MODES[mode](), pytest.raises(NotImplementedError) as error:
         embedding(index([1]))
     assert_expected_inline(
-        str(error.value),
+        wrapped(str(error.value)),
         """\
-an embedding with max_norm rewrites its weight on each call, which a packed weight \
-cannot do. Set max_norm to None, or leave this embedding dense""",
+an embedding with max_norm rewrites its weight on each call, which a packed
+  weight cannot do. Set max_norm to None, or leave this embedding dense""",
     )
     assert torch.equal(weight.dequantize(), before)
 
@@ -769,13 +769,14 @@ def test_copy_names_what_must_agree() -> None:
     with pytest.raises(RuntimeError) as error:
         make(6, 128).copy_(make(6, 128, bits=8))
     assert_expected_inline(
-        str(error.value),
+        wrapped(str(error.value)),
         """\
-copy_ of AffineQuantizedTensor(shape=[6, 128], dtype=float32, bits=8, group_size=32, \
-device='cpu') into AffineQuantizedTensor(shape=[6, 128], dtype=float32, bits=4, \
-group_size=32, device='cpu'): bits, group_size, shape, dtype of the scales, \
-transposition and permutation must agree. Replace the parameter instead, with \
-load_state_dict(..., assign=True) for example""",
+copy_ of AffineQuantizedTensor(shape=[6, 128], dtype=float32, bits=8,
+  group_size=32, device='cpu') into AffineQuantizedTensor(shape=[6, 128],
+  dtype=float32, bits=4, group_size=32, device='cpu'): bits, group_size,
+  shape, dtype of the scales, transposition and permutation must agree.
+  Replace the parameter instead, with load_state_dict(..., assign=True) for
+  example""",
     )
 
 
@@ -914,11 +915,12 @@ def test_writing_names_what_to_call_instead() -> None:
     with pytest.raises(NotImplementedError) as error:
         make(6, 128).add_(1)
     assert_expected_inline(
-        str(error.value),
+        wrapped(str(error.value)),
         """\
-aten.add_.Tensor on a packed weight: A packed weight cannot be trained or changed in \
-place. To train adapters use prepare_for_lora(model), to change the weights themselves \
-dequantize_(model) or, after training adapters, merge_to_dense(model)""",
+aten.add_.Tensor on a packed weight: A packed weight cannot be trained or
+  changed in place. To train adapters use prepare_for_lora(model), to change
+  the weights themselves dequantize_(model) or, after training adapters,
+  merge_to_dense(model)""",
     )
 
 
@@ -952,12 +954,12 @@ def test_an_unknown_operator_is_logged_once(mode: str, fallbacks: list[str]) -> 
         weight.cumsum(0)
         weight.cumsum(0)
     assert_expected_inline(
-        "\n".join(fallbacks),
+        wrapped("\n".join(fallbacks)),
         """\
-aten.linalg_vector_norm.default dequantizes a packed weight on each call: it has no \
-kernel for one
-aten.cumsum.default dequantizes a packed weight on each call: it has no kernel for one\
-""",
+aten.linalg_vector_norm.default dequantizes a packed weight on each call: it
+  has no kernel for one
+aten.cumsum.default dequantizes a packed weight on each call: it has no
+  kernel for one""",
     )
 
 
@@ -984,9 +986,10 @@ def test_operators_of_others_raise() -> None:
     with pytest.raises(NotImplementedError) as error:
         torch.ops.affine_test.twice(make(6, 128))
     assert_expected_inline(
-        str(error.value),
+        wrapped(str(error.value)),
         """\
-affine_test.twice.default does not know packed weights. Give it weight.dequantize()""",
+affine_test.twice.default does not know packed weights. Give it
+  weight.dequantize()""",
     )
 
 
