@@ -589,33 +589,35 @@ def _expand(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 @implements(aten.view.default, aten._unsafe_view.default)
 def _reshape(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Any shape whose rows are whole groups and whole words."""
+    """Other leading dimensions, or any shape whose rows are whole groups and words."""
     weight, size = args[0], list(args[1])
     if -1 in size:
         known = math.prod(s for s in size if s != -1)
         size[size.index(-1)] = weight.numel() // known if known else 0
     if list(weight.shape) == size:
         return _alias(aten.alias.default, (weight,), {})
+    if math.prod(size) != weight.numel():
+        return _dense(func, args, kwargs)
+    if len(size) > 1 and size[-2:] == list(weight.shape[-2:]):
+        lead = size[:-2]
+        new = _view(
+            weight,
+            lambda part: part.view(*lead, *part.shape[-2:]),
+            lambda order: order.view(*lead, order.shape[-1]),
+        )
+        return return_and_correct_aliasing(func, args, kwargs, new)
     columns = size[-1] if size else 0
     bits, group = weight.bits, weight.group_size
-    if (
-        weight.transposed
-        or math.prod(size) != weight.numel()
-        or layout.why_not(columns, bits=bits, group_size=group)
-        or (weight.permutation is not None and not _keeps_rows(weight, size))
-    ):
+    bound = weight.transposed or weight.permutation is not None
+    if bound or layout.why_not(columns, bits=bits, group_size=group):
         return _dense(func, args, kwargs)
 
     def reshape(part: Tensor) -> Tensor:
         width = columns * bits // 32 if part is weight._packed else columns // group
         return part.view(*size[:-1], width)
 
-    new = _view(weight, reshape, lambda order: order.view(*size[:-2], columns))
+    new = _view(weight, reshape)
     return return_and_correct_aliasing(func, args, kwargs, new)
-
-
-def _keeps_rows(weight: AffineQuantizedTensor, size: list[int]) -> bool:
-    return len(size) > 1 and size[-2:] == list(weight.shape[-2:])
 
 
 @implements(aten.as_strided.default)
