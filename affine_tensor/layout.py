@@ -13,6 +13,9 @@ the reference that the kernels are held to.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -36,12 +39,16 @@ _UNIT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def check_format(bits: int, group_size: int) -> None:
     """Raise ValueError unless `bits` and `group_size` are a pair this library has."""
-    if bits not in BITS:
-        raise ValueError(f"bits is {bits!r}; allowed are {join(BITS)}")
-    if group_size not in GROUP_SIZES:
-        raise ValueError(
-            f"group_size is {group_size!r}; allowed are {join(GROUP_SIZES)}"
-        )
+    for name, value, allowed in (
+        ("bits", bits, BITS),
+        ("group_size", group_size, GROUP_SIZES),
+    ):
+        # 4.0 and True equal allowed values, and fail or mislead further on.
+        if type(value) is not int or value not in allowed:
+            raise ValueError(
+                f"{name} is {value!r}; allowed are {join(allowed)}, as int. "
+                "Choose one of these"
+            )
 
 
 def why_not(columns: int, *, bits: int, group_size: int) -> str | None:
@@ -62,18 +69,26 @@ def pack(codes: Tensor, *, bits: int) -> Tensor:
     of 32. Returns uint32 ``[..., K * bits / 32]``. Codes out of range raise ValueError.
     """
     check_format(bits, GROUP_SIZES[0])
-    _check_words(codes.shape[-1], bits)
     if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
-        raise TypeError(f"codes are {codes.dtype}; an integer dtype is needed")
-    if codes.numel() and not codes.is_meta:
-        low, high = (int(v) for v in torch.aminmax(codes.to(torch.int64)))
-        if low < 0 or high >= 1 << bits:
-            seen = low if low < 0 else high
-            raise ValueError(
-                f"a code is {seen}; {bits} bits hold 0 to {(1 << bits) - 1}"
-            )
-    words = _fold(codes.to(torch.uint8).contiguous(), bits)
-    return words.view(torch.uint32)
+        raise TypeError(
+            f"codes are {codes.dtype}; an integer dtype is needed. Convert them first, "
+            "with codes.to(torch.uint8) for example"
+        )
+    _check_rows(codes, "codes")
+    columns = codes.shape[-1]
+    if columns * bits % 32:
+        raise ValueError(
+            f"a row of {columns} codes of {bits} bits is not whole 32-bit words. Pad it "
+            f"to a multiple of {32 // math.gcd(32, bits)} codes"
+        )
+    if codes.numel() == 0 or codes.is_meta:
+        return codes.new_empty(
+            (*codes.shape[:-1], columns * bits // 32), dtype=torch.uint32
+        )
+    _check_range(codes, bits)
+    # Copied even if uint8 already: eight bytes are read at once, from aligned memory.
+    aligned = codes.to(torch.uint8, memory_format=torch.contiguous_format, copy=True)
+    return _fold(aligned, bits).view(torch.uint32)
 
 
 def unpack(packed: Tensor, *, bits: int) -> Tensor:
@@ -82,11 +97,12 @@ def unpack(packed: Tensor, *, bits: int) -> Tensor:
     `packed`: uint32 or int32 ``[..., W]``. Returns uint8 ``[..., W * 32 / bits]``.
     """
     check_format(bits, GROUP_SIZES[0])
-    if packed.dtype not in (torch.uint32, torch.int32):
-        raise TypeError(f"packed words are {packed.dtype}; uint32 or int32 is needed")
+    _check_packed(packed)
+    _check_rows(packed, "packed words")
     if packed.shape[-1] * 32 % bits:
         raise ValueError(
-            f"a row of {packed.shape[-1]} words does not hold whole codes of {bits} bits"
+            f"a row of {packed.shape[-1]} words does not hold whole codes of {bits} "
+            f"bits; a multiple of {bits // math.gcd(32, bits)} words does. Check bits"
         )
     return _unfold(packed.contiguous().view(torch.int32), bits)
 
@@ -118,7 +134,7 @@ def quantize(
     if weight.is_meta:
         return packed.view(torch.uint32), scales, biases
 
-    rows = weight.reshape(-1, columns)  # [N, K]
+    rows = weight.detach().reshape(-1, columns)  # [N, K]
     outputs = [
         part.view(len(rows), part.shape[-1]) for part in (packed, scales, biases)
     ]
@@ -128,7 +144,7 @@ def quantize(
             outputs, (_fold(codes, bits), scale, bias), strict=True
         ):
             output[part].copy_(value)
-    _check_finite(rows, scales, biases)
+    _check_finite(rows, outputs[1], outputs[2], lead)
     return packed.view(torch.uint32), scales, biases
 
 
@@ -150,12 +166,14 @@ def dequantize(
     check_parts(packed, scales, biases, bits=bits, group_size=group_size)
     dtype = scales.dtype if dtype is None else dtype
     if dtype not in LOGICAL_DTYPES:
-        raise TypeError(f"dtype is {dtype}; allowed are {join(LOGICAL_DTYPES)}")
+        raise TypeError(
+            f"dtype is {dtype}; allowed are {join(LOGICAL_DTYPES)}. Choose one of these"
+        )
     columns = scales.shape[-1] * group_size
     weight = scales.new_empty((*scales.shape[:-1], columns), dtype=dtype)
     if weight.is_meta or weight.numel() == 0:
         return weight
-    words = packed.contiguous().view(torch.int32).view(-1, packed.shape[-1])  # [N, W]
+    words = packed.view(torch.int32).reshape(-1, packed.shape[-1])  # [N, W]
     scale = scales.reshape(-1, scales.shape[-1])  # [N, K // group_size]
     bias = biases.reshape(-1, biases.shape[-1])
     output = weight.view(-1, columns)
@@ -173,14 +191,17 @@ def check_weight(weight: Tensor, *, bits: int, group_size: int) -> None:
             f"the weight is {weight.dtype}; allowed are {join(WEIGHT_DTYPES)}. "
             "Convert it first, with weight.float() for example"
         )
-    if weight.dim() == 0:
-        raise ValueError("the weight is a single number; rows [..., K] are needed")
+    _check_rows(weight, "the weight")
     columns = weight.shape[-1]
     reason = why_not(columns, bits=bits, group_size=group_size)
     if reason:
+        fits = [g for g in GROUP_SIZES if not why_not(columns, bits=bits, group_size=g)]
+        choose = (
+            f"Choose group_size {join(fits, ' or ')}, or leave" if fits else "Leave"
+        )
         raise ValueError(
             f"a weight of shape {list(weight.shape)} cannot be quantized: {reason}. "
-            "Choose another group_size or leave this weight dense"
+            f"{choose} this weight dense"
         )
 
 
@@ -189,22 +210,19 @@ def check_parts(
 ) -> None:
     """Raise ValueError or TypeError unless the three arrays fit together."""
     check_format(bits, group_size)
-    if packed.dtype not in (torch.uint32, torch.int32):
-        raise TypeError(f"packed words are {packed.dtype}; uint32 or int32 is needed")
+    _check_packed(packed)
     if scales.dtype not in WEIGHT_DTYPES:
         raise TypeError(
-            f"the scales are {scales.dtype}; allowed are {join(WEIGHT_DTYPES)}"
+            f"the scales are {scales.dtype}; allowed are {join(WEIGHT_DTYPES)}. Convert "
+            "scales and biases first, with scales.float() for example"
         )
     if scales.dtype != biases.dtype or scales.shape != biases.shape:
         raise ValueError(
             f"scales are {scales.dtype} {list(scales.shape)} but biases are "
             f"{biases.dtype} {list(biases.shape)}; both must agree"
         )
-    if packed.dim() == 0 or scales.dim() == 0:
-        raise ValueError(
-            f"packed {list(packed.shape)} and scales {list(scales.shape)} need at least "
-            "one dimension"
-        )
+    _check_rows(packed, "packed words")
+    _check_rows(scales, "the scales")
     columns = scales.shape[-1] * group_size
     expected = (*packed.shape[:-1], scales.shape[-1])
     words = columns * bits / 32
@@ -212,7 +230,8 @@ def check_parts(
         raise ValueError(
             f"packed {list(packed.shape)} and scales {list(scales.shape)} do not fit "
             f"together at {bits} bits and group size {group_size}: {scales.shape[-1]} "
-            f"groups are {columns} columns, or {words:g} words a row"
+            f"groups are {columns} columns, or {words:g} words a row. Check bits, "
+            "group_size and that the arrays belong to one weight"
         )
 
 
@@ -258,7 +277,9 @@ def _dequantize_rows(
         and _exact_in_float32(scale, bias, bits)
     )
     work = torch.float32 if in_float32 else torch.float64
-    values = _unfold(words, bits).to(work).unflatten(-1, (scale.shape[-1], -1))
+    values = (
+        _unfold(words.contiguous(), bits).to(work).unflatten(-1, (scale.shape[-1], -1))
+    )
     values *= scale.to(work).unsqueeze(-1)
     values += bias.to(work).unsqueeze(-1)
     values = values.flatten(-2)
@@ -362,32 +383,74 @@ def _slices(rows: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, len(rows), step)]
 
 
-def _check_words(columns: int, bits: int) -> None:
-    if columns * bits % 32:
+def _check_rows(tensor: Tensor, what: str) -> None:
+    if tensor.dim() == 0:
         raise ValueError(
-            f"a row of {columns} codes of {bits} bits is not whole 32-bit words"
+            f"{what}: a tensor of shape [] was given; rows [..., K] are needed. Add a "
+            "dimension, with unsqueeze(0) for example"
         )
 
 
-def _check_finite(rows: Tensor, scales: Tensor, biases: Tensor) -> None:
-    """Scales and biases show every NaN and infinity; find out which it was."""
-    if bool(torch.isfinite(scales).all()) and bool(torch.isfinite(biases).all()):
-        return
+def _check_packed(packed: Tensor) -> None:
+    if packed.dtype not in (torch.uint32, torch.int32):
+        raise TypeError(
+            f"packed words are {packed.dtype}; uint32 or int32 is needed. If these are "
+            "the same bytes of another width, packed.view(torch.uint32) reads them so"
+        )
+
+
+def _check_range(codes: Tensor, bits: int) -> None:
+    low, high = (int(v) for v in torch.aminmax(codes.to(torch.int64)))
+    if low < 0 or high >= 1 << bits:
+        seen = low if low < 0 else high
+        raise ValueError(
+            f"a code is {seen}; {bits} bits hold 0 to {(1 << bits) - 1}. Use more bits or "
+            "mend the codes"
+        )
+
+
+def _check_finite(
+    rows: Tensor, scales: Tensor, biases: Tensor, lead: torch.Size
+) -> None:
+    """Scales and biases show every NaN and infinity; find out which it was.
+
+    All three are two-dimensional; `lead` are the dimensions that were there before K.
+    """
     for part in _slices(rows):
-        for value, name in ((torch.isnan, "NaN"), (torch.isinf, "infinite")):
-            if bool(value(rows[part]).any()):
-                row, column = (int(i) for i in value(rows[part]).nonzero()[0])
-                raise ValueError(
-                    f"the weight at [{part.start + row}, {column}] is {name}; only "
-                    "finite weights can be quantized. Leave this weight dense, or "
-                    "mend the checkpoint"
-                )
+        wrong = scales[part].isfinite().logical_and_(biases[part].isfinite())
+        wrong.logical_not_()
+        if not bool(wrong.any()):
+            continue
+        row, group = (int(i) for i in wrong.nonzero()[0])
+        row += part.start
+        size = rows.shape[-1] // scales.shape[-1]
+        columns = slice(group * size, (group + 1) * size)
+        place = [int(i) for i in torch.unravel_index(torch.tensor(row), lead)]
+        _refuse_group(rows[row, columns], place, columns)
+
+
+def _refuse_group(group: Tensor, place: list[int], columns: slice) -> None:
+    """Say what is wrong with a group whose scale or bias is not finite."""
+    bad = group.isfinite().logical_not_().nonzero()
+    if len(bad):
+        value = float(group[bad[0]])
+        name = "NaN" if value != value else f"infinite ({value})"
+        raise ValueError(
+            f"the weight at {[*place, columns.start + int(bad[0])]} is {name}; only "
+            "finite weights can be quantized. Leave this weight dense, or mend the "
+            "checkpoint"
+        )
+    dtype = str(group.dtype).removeprefix("torch.")
+    rows = "".join(f"{i}, " for i in place)
+    widen = "" if group.dtype == torch.float32 else "convert the weight to float32, "
     raise ValueError(
-        f"a group spans more than {rows.dtype} can express (a scale overflows); "
-        "convert the weight to float32 or leave it dense"
+        f"the weights at [{rows}{columns.start}:{columns.stop}] lie between "
+        f"{float(group.min()):g} and {float(group.max()):g}; their scale would be more "
+        f"than {dtype} can express ({torch.finfo(group.dtype).max:g}). Use more bits, "
+        f"{widen}or leave this weight dense"
     )
 
 
-def join(values: tuple[object, ...]) -> str:
+def join(values: Iterable[object], separator: str = ", ") -> str:
     """Values as a list in an error message."""
-    return ", ".join(str(value).removeprefix("torch.") for value in values)
+    return separator.join(str(value).removeprefix("torch.") for value in values)
