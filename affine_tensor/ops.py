@@ -124,10 +124,12 @@ def _linear(
     if permutation is not None:
         x = x.index_select(-1, permutation)
     y = x.new_empty((*x.shape[:-1], packed.shape[0]))  # [..., N]
+    if bias is not None:
+        bias = bias.expand(*bias.shape[:-1], packed.shape[0])  # one for all rows, too
     for rows, weight in _blocks(packed, scales, biases, bits, group_size, dtype):
         if len(weight) == len(packed):
             return F.linear(x, weight, bias)
-        y[..., rows] = F.linear(x, weight, None if bias is None else bias[rows])
+        y[..., rows] = F.linear(x, weight, None if bias is None else bias[..., rows])
     return y
 
 
@@ -179,11 +181,14 @@ def _matmul(
     """``x @ W``: x ``[..., N]``, W ``[N, K]``, result ``[..., K]``."""
     _check_matrix(packed, "matmul")
     _check_input(x, packed.shape[0], dtype, "matmul")
-    # Sums over blocks are kept in float32 at least, and rounded once.
+    # What several blocks add up to is kept in float32 at least, and rounded once.
     sums = torch.promote_types(dtype, torch.float32)
     y = x.new_zeros((*x.shape[:-1], scales.shape[-1] * group_size), dtype=sums)
     for rows, weight in _blocks(packed, scales, biases, bits, group_size, dtype):
-        y += x[..., rows] @ weight
+        if len(weight) == len(packed):
+            y = x @ weight
+        else:
+            y += x[..., rows].to(sums) @ weight.to(sums)
     y = y.to(dtype)
     if permutation is None:
         return y
