@@ -186,7 +186,7 @@ def _packed_weight(
         if part.dtype not in layout.WEIGHT_DTYPES:
             return f"{part.name} is {_says(part)}; allowed are F32, F16, BF16"
     if not (packed.shape and scales.shape) or not all(packed.shape + scales.shape):
-        return f"its shape is {list(packed.shape)}, its scales' {scales.shape}"
+        return f"its shape is {list(packed.shape)}, its scales' {list(scales.shape)}"
     if scales.shape != biases.shape or scales.shape[:-1] != packed.shape[:-1]:
         return (
             f"weight {list(packed.shape)}, scales {list(scales.shape)} and biases "
