@@ -129,12 +129,7 @@ def fetch(
     folder = Path(source).expanduser()
     if source != "" and folder.is_dir():  # Path("") is the working directory
         return folder
-    try:
-        validate_repo_id(str(source))
-        known = "/" in str(source) and not folder.is_file()
-    except HFValidationError:
-        known = False
-    if not known:
+    if not is_repository(str(source)) or folder.is_file():
         raise FileNotFoundError(
             f"{str(source)!r} is neither a folder nor the name of a Hub repository "
             "(organization/name)"
@@ -150,6 +145,15 @@ def fetch(
             ignore_patterns=["*/*.safetensors"],  # a checkpoint is one folder
         )
     )
+
+
+def is_repository(name: str) -> bool:
+    """Whether the Hub could have a repository ``organization/name`` of this name."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

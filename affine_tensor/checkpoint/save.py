@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from .. import layout
 from ..quantize import slots
 from ..tensor import AffineQuantizedTensor, logger
-from .files import CONFIG, INDEX, cast, fetch, read_json
+from .files import CONFIG, INDEX, cast, fetch, is_repository, read_json
 
 Unsupported = Literal["error", "dense", "requantize"]
 
@@ -372,6 +372,8 @@ def _write_weights(
         "weight_map": dict(sorted(weight_map.items())),
     }
     _write_json(folder / INDEX, index)
+    for name in set(weight_map.values()):  # safetensors makes them private
+        shutil.copymode(folder / INDEX, folder / name)
 
 
 def _shards(entries: list[_Entry], limit: int) -> Iterator[list[_Entry]]:
@@ -500,15 +502,19 @@ def _write_companions(
             for path in source.glob(pattern):
                 shutil.copyfile(path, folder / path.name)
     report.tokenizer = any((folder / n).exists() for n in _TOKENIZER_FILES[:3])
-    name = getattr(getattr(model, "config", None), "name_or_path", "") or ""
-    repository = name if name.count("/") == 1 and not Path(name).exists() else None
     card = ModelCardData(
         library_name="mlx",
         pipeline_tag="text-generation" if generation is not None else None,
         tags=["mlx", "affine-tensor"],
-        base_model=repository,
+        base_model=_repository(model),
     )
     ModelCard(f"---\n{card.to_yaml()}\n---\n").save(folder / "README.md")
+
+
+def _repository(model: nn.Module) -> str | None:
+    """The Hub repository that a transformers model came from, if any."""
+    name = str(getattr(getattr(model, "config", None), "name_or_path", ""))
+    return name if is_repository(name) and not Path(name).exists() else None
 
 
 def _move_into_place(beside: Path, folder: Path) -> None:
