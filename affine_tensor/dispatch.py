@@ -27,6 +27,7 @@ aten = torch.ops.aten
 _linear = ops.overload("linear")
 _matmul = ops.overload("matmul")
 _grouped_linear = ops.overload("grouped_linear")
+_grouped_matmul = ops.overload("grouped_matmul")
 _embedding = ops.overload("embedding")
 
 _ALL = slice(None)
@@ -187,25 +188,10 @@ def _grouped_mm(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return _dense(func, args, kwargs)
     if bias is not None or offsets is None:
         return _dense(func, args, kwargs)
-    if weight.transposed:
-        parts = (weight._packed, weight.scales, weight.biases, weight.permutation)
-        y = _grouped_linear(x, *parts, offsets, **_format(weight))
-    else:
-        y = _grouped_matmul(x, weight, offsets)
+    op = _grouped_linear if weight.transposed else _grouped_matmul
+    parts = (weight._packed, weight.scales, weight.biases, weight.permutation)
+    y = op(x, *parts, offsets, **_format(weight))
     return y if dtype is None else y.to(dtype)
-
-
-def _grouped_matmul(
-    x: Tensor, weight: AffineQuantizedTensor, offsets: Tensor
-) -> Tensor:
-    """x ``[T, N]`` sorted by expert, weight ``[E, N, K]``: the gradient's form."""
-    y = x.new_zeros((x.shape[0], weight.shape[-1]))
-    start = 0
-    for expert, end in zip(weight.unbind(0), offsets.tolist(), strict=True):
-        if end > start:
-            y[start:end] = _mm(aten.mm.default, (x[start:end], expert), {})
-        start = end
-    return y
 
 
 @implements(aten.embedding.default)

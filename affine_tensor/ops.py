@@ -28,13 +28,16 @@ from . import layout
 Kernel = Callable[..., Any]
 
 _FORMAT = "*, int bits, int group_size, ScalarType dtype"
+_GROUPS = "Tensor? offsets=None, Tensor? indices=None"
 _WEIGHT = "Tensor packed, Tensor scales, Tensor biases"
 _SCHEMAS = {
     "linear": f"(Tensor x, {_WEIGHT}, Tensor? permutation=None, Tensor? bias=None, "
     f"{_FORMAT}) -> Tensor",
     "matmul": f"(Tensor x, {_WEIGHT}, Tensor? permutation=None, {_FORMAT}) -> Tensor",
-    "grouped_linear": f"(Tensor x, {_WEIGHT}, Tensor? permutation=None, "
-    f"Tensor? offsets=None, Tensor? indices=None, {_FORMAT}) -> Tensor",
+    "grouped_linear": f"(Tensor x, {_WEIGHT}, Tensor? permutation=None, {_GROUPS}, "
+    f"{_FORMAT}) -> Tensor",
+    "grouped_matmul": f"(Tensor x, {_WEIGHT}, Tensor? permutation=None, {_GROUPS}, "
+    f"{_FORMAT}) -> Tensor",
     "embedding": f"(Tensor ids, {_WEIGHT}, {_FORMAT}) -> Tensor",
     "dequantize": f"({_WEIGHT}, Tensor? permutation=None, {_FORMAT}) -> Tensor",
     "quantize": "(Tensor w, *, int bits, int group_size) -> (Tensor, Tensor, Tensor)",
@@ -223,15 +226,54 @@ def _grouped_linear(
     at ``offsets[e]``; rows past the last end give zeros) or `indices` (int ``[T]``: the
     expert of each row). Each expert may have its own permutation (``[E, K]``).
     """
-    if packed.dim() != 3 or x.dim() != 2 or (offsets is None) == (indices is None):
-        raise ValueError(
-            "grouped_linear takes x [T, K], packed [E, N, W] and one of offsets, "
-            f"indices; x is {list(x.shape)}, packed {list(packed.shape)}"
-        )
+    _check_groups(x, packed, offsets, indices, "grouped_linear")
     _check_input(x, scales.shape[-1] * group_size, dtype, "grouped_linear")
     y = x.new_zeros((len(x), packed.shape[1]))
     for expert, rows in _rows_by_expert(len(packed), offsets, indices):
         y[rows] = _linear(
+            x[rows],
+            packed[expert],
+            scales[expert],
+            biases[expert],
+            None if permutation is None else permutation[expert],
+            bits=bits,
+            group_size=group_size,
+            dtype=dtype,
+        )
+    return y
+
+
+def _fake_grouped_matmul(  # type: ignore[no-untyped-def]
+    x, packed, scales, biases, permutation=None, offsets=None, indices=None, **format
+):
+    _check_input(x, packed.shape[-2], format["dtype"], "grouped_matmul")
+    return x.new_empty((x.shape[0], scales.shape[-1] * format["group_size"]))
+
+
+@_define("grouped_matmul", _fake_grouped_matmul)
+def _grouped_matmul(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    biases: Tensor,
+    permutation: Tensor | None = None,
+    offsets: Tensor | None = None,
+    indices: Tensor | None = None,
+    *,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Each row of x ``[T, N]`` times its expert's W ``[E, N, K]``, result ``[T, K]``.
+
+    `offsets`, `indices` and `permutation` as in `grouped_linear`, whose gradient this
+    is.
+    """
+    _check_groups(x, packed, offsets, indices, "grouped_matmul")
+    _check_input(x, packed.shape[1], dtype, "grouped_matmul")
+    y = x.new_zeros((len(x), scales.shape[-1] * group_size))
+    for expert, rows in _rows_by_expert(len(packed), offsets, indices):
+        y[rows] = _matmul(
             x[rows],
             packed[expert],
             scales[expert],
@@ -362,6 +404,16 @@ def _rows_by_expert(
             yield expert, (indices == expert).nonzero().squeeze(-1)
 
 
+def _check_groups(
+    x: Tensor, packed: Tensor, offsets: Tensor | None, indices: Tensor | None, op: str
+) -> None:
+    if packed.dim() != 3 or x.dim() != 2 or (offsets is None) == (indices is None):
+        raise ValueError(
+            f"{op} takes x of two dimensions, packed [E, N, W] and one of offsets, "
+            f"indices; x is {list(x.shape)}, packed {list(packed.shape)}"
+        )
+
+
 def _check_matrix(packed: Tensor, op: str) -> None:
     if packed.dim() != 2:
         raise ValueError(
@@ -383,16 +435,15 @@ def _check_input(x: Tensor, columns: int, dtype: torch.dtype, op: str) -> None:
         )
 
 
-@register_flop_formula(torch.ops.affine_tensor.linear)
+@register_flop_formula(
+    [torch.ops.affine_tensor.linear, torch.ops.affine_tensor.grouped_linear]
+)
 def _linear_flops(x_shape, packed_shape, *_, out_shape=None, **__) -> int:  # type: ignore[no-untyped-def]
     return 2 * math.prod(x_shape) * packed_shape[-2]
 
 
-@register_flop_formula(torch.ops.affine_tensor.grouped_linear)
-def _grouped_flops(x_shape, packed_shape, *_, out_shape=None, **__) -> int:  # type: ignore[no-untyped-def]
-    return 2 * math.prod(x_shape) * packed_shape[-2]
-
-
-@register_flop_formula(torch.ops.affine_tensor.matmul)
+@register_flop_formula(
+    [torch.ops.affine_tensor.matmul, torch.ops.affine_tensor.grouped_matmul]
+)
 def _matmul_flops(x_shape, packed_shape, *_, out_shape=None, **__) -> int:  # type: ignore[no-untyped-def]
     return 2 * math.prod(x_shape[:-1]) * math.prod(out_shape[-1:]) * packed_shape[-2]

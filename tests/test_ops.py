@@ -17,7 +17,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from affine_tensor import AffineQuantizedTensor, layout, ops
 
 affine = torch.ops.affine_tensor
-NAMES = ("linear", "matmul", "grouped_linear", "embedding", "dequantize", "quantize")
+NAMES = (
+    "linear",
+    "matmul",
+    "grouped_linear",
+    "grouped_matmul",
+    "embedding",
+    "dequantize",
+    "quantize",
+)
 
 
 def parts(weight: AffineQuantizedTensor) -> tuple[Any, ...]:
@@ -44,6 +52,9 @@ affine_tensor::matmul(Tensor x, Tensor packed, Tensor scales, Tensor biases,
   Tensor? permutation=None, *, int bits, int group_size, ScalarType dtype)
   -> Tensor
 affine_tensor::grouped_linear(Tensor x, Tensor packed, Tensor scales, Tensor
+  biases, Tensor? permutation=None, Tensor? offsets=None, Tensor?
+  indices=None, *, int bits, int group_size, ScalarType dtype) -> Tensor
+affine_tensor::grouped_matmul(Tensor x, Tensor packed, Tensor scales, Tensor
   biases, Tensor? permutation=None, Tensor? offsets=None, Tensor?
   indices=None, *, int bits, int group_size, ScalarType dtype) -> Tensor
 affine_tensor::embedding(Tensor ids, Tensor packed, Tensor scales, Tensor
@@ -125,7 +136,7 @@ ORDER = torch.tensor([2, 0, 1, 1, 2, 0, 2, 2, 0])
 
 
 @pytest.mark.parametrize("permuted", [False, True])
-def test_grouped_linear_takes_offsets_or_indices(permuted: bool, block: int) -> None:
+def test_grouped_products_take_offsets_or_indices(permuted: bool, block: int) -> None:
     weight = make(3, 6, 64, permuted=permuted)
     x = randn(9, 64)
     want = torch.stack(
@@ -136,6 +147,16 @@ def test_grouped_linear_takes_offsets_or_indices(permuted: bool, block: int) -> 
     by_expert = ORDER.argsort()
     ends = ORDER.bincount(minlength=3).cumsum(0).int()
     got = affine.grouped_linear(
+        x[by_expert], *parts(weight), offsets=ends, **form(weight)
+    )
+    torch.testing.assert_close(got, want[by_expert])
+    x = randn(9, 6)
+    want = torch.stack(
+        [row @ weight.dequantize()[e] for row, e in zip(x, ORDER, strict=True)]
+    )
+    got = affine.grouped_matmul(x, *parts(weight), indices=ORDER, **form(weight))
+    torch.testing.assert_close(got, want)
+    got = affine.grouped_matmul(
         x[by_expert], *parts(weight), offsets=ends, **form(weight)
     )
     torch.testing.assert_close(got, want[by_expert])
@@ -200,6 +221,9 @@ BAD: dict[str, Callable[[], Any]] = {
     "grouped without a group": lambda: affine.grouped_linear(
         randn(5, 64), *parts(E), **form(E)
     ),
+    "grouped with both": lambda: affine.grouped_matmul(
+        randn(9, 6), *parts(E), offsets=ORDER, indices=ORDER, **form(E)
+    ),
     "an unknown expert": lambda: affine.grouped_linear(
         randn(1, 64), *parts(E), indices=torch.tensor([3]), **form(E)
     ),
@@ -232,8 +256,10 @@ matmul: the input has shape []; its last dimension must be 6
 matmul: the input has shape [5, 64]; its last dimension must be 6
 linear takes a weight of two dimensions; its words are [3, 6, 8]
 matmul takes a weight of two dimensions; its words are [3, 6, 8]
-grouped_linear takes x [T, K], packed [E, N, W] and one of offsets, indices;
-  x is [5, 64], packed [3, 6, 8]
+grouped_linear takes x of two dimensions, packed [E, N, W] and one of
+  offsets, indices; x is [5, 64], packed [3, 6, 8]
+grouped_matmul takes x of two dimensions, packed [E, N, W] and one of
+  offsets, indices; x is [9, 6], packed [3, 6, 8]
 expert 3 is out of range: there are 3
 embedding takes a weight of two dimensions; its words are [3, 6, 8]""",
     )
@@ -257,6 +283,16 @@ SAMPLES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
     "grouped_linear, indices": (
         affine.grouped_linear,
         (randn(9, 64), *parts(E), None, ORDER),
+        form(E),
+    ),
+    "grouped_matmul, offsets": (
+        affine.grouped_matmul,
+        (randn(9, 6), *parts(E), torch.tensor([2, 5, 9])),
+        form(E),
+    ),
+    "grouped_matmul, indices": (
+        affine.grouped_matmul,
+        (randn(9, 6), *parts(E), None, ORDER),
         form(E),
     ),
     "embedding": (affine.embedding, (IDS, *parts(W)[:3]), form(W)),
@@ -354,6 +390,7 @@ def test_flops_of_the_operators() -> None:
     assert counted["linear, bias"] == 2 * 10 * 64 * 6
     assert counted["matmul"] == 2 * 5 * 64 * 6
     assert counted["grouped_linear, indices"] == 2 * 9 * 64 * 6
+    assert counted["grouped_matmul, offsets"] == 2 * 9 * 64 * 6
     assert counted["embedding"] == counted["dequantize"] == 0
 
 
