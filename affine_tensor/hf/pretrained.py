@@ -37,7 +37,8 @@ def from_pretrained(
     configuration, as they do in transformers.
 
     Raises `CheckpointError` where the checkpoint's tensors do not fit the model,
-    missing ones included, and what huggingface_hub and transformers raise.
+    missing ones included, TypeError for keywords that nothing knows, and what
+    huggingface_hub and transformers raise.
     """
     device = _one_device(device_map)
     hub: dict[str, Any] = {
@@ -47,7 +48,14 @@ def from_pretrained(
         "local_files_only": local_files_only,
     }
     folder = fetch(source, **hub)
-    config = AutoConfig.from_pretrained(folder, **config_changes)
+    config, unknown = AutoConfig.from_pretrained(
+        folder, return_unused_kwargs=True, **config_changes
+    )
+    if unknown:
+        raise TypeError(
+            f"{', '.join(unknown)}: neither an argument of from_pretrained nor a setting "
+            f"of {type(config).__name__}"
+        )
     for own in (config, config.get_text_config()):
         for key in ("quantization", "quantization_config"):
             # The packed parameters say it themselves; transformers would look for a

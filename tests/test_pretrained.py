@@ -1,0 +1,309 @@
+"""from_pretrained: a stock transformers model, whole or an error, and text like mlx-lm's.
+
+Logits of all architectures are compared in test_architectures.py and test_save.py.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import CASES, Case, _write_dense_checkpoint, write_mlx_checkpoint
+from hub_server import HubServer, use_hub
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+)
+
+from affine_tensor import AffineQuantizedTensor, CheckpointError, from_pretrained
+
+mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm writes the checkpoints")
+
+LLAMA = Case("llama", {"tie_word_embeddings": False})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_mlx_checkpoint(LLAMA, tmp_path / "mlx")
+    return tmp_path / "mlx"
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**content, **changes}))
+
+
+# ---- the model is the stock one --------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_all_but_the_packed_weights_is_as_transformers_makes_it(
+    case: Case, tmp_path: Path
+) -> None:
+    if case.model_type not in CONFIG_MAPPING:
+        pytest.skip(f"the installed transformers does not know {case.model_type}")
+    _write_dense_checkpoint(case, tmp_path / "dense")
+    stock = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", dtype=torch.bfloat16
+    )
+    write_mlx_checkpoint(case, tmp_path / "mlx", dtype="bfloat16")
+    model = from_pretrained(tmp_path / "mlx", dtype=torch.bfloat16)
+
+    assert type(model) is type(stock)
+    assert [(n, type(m)) for n, m in model.named_modules()] == [
+        (n, type(m)) for n, m in stock.named_modules()
+    ]
+    assert not any(module.training for module in model.modules())
+    # Rotary frequencies and the like are in no file: they are computed.
+    buffers = dict(model.named_buffers())
+    assert buffers.keys() == dict(stock.named_buffers()).keys()
+    for name, want in stock.named_buffers():
+        assert buffers[name].dtype == want.dtype, name
+        assert torch.equal(buffers[name], want), name
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == dict(stock.named_parameters()).keys()
+    for name, want in stock.named_parameters():
+        got = parameters[name]
+        assert (got.dtype, got.shape, got.device) == (
+            want.dtype,
+            want.shape,
+            want.device,
+        )
+        if not isinstance(got, AffineQuantizedTensor):
+            assert torch.equal(got, want), name
+            assert got.requires_grad == want.requires_grad, name
+
+
+def test_the_configuration(folder: Path) -> None:
+    model = from_pretrained(folder)
+    assert model.config._name_or_path == model.name_or_path == str(folder)
+    assert not hasattr(model.config, "quantization")
+    assert not hasattr(model.config, "quantization_config")
+    assert model.config.dtype == model.dtype == torch.float32
+    assert model.config.rope_parameters["rope_theta"] == 10000.0
+    changed = from_pretrained(folder, attn_implementation="eager", use_cache=False)
+    assert changed.config._attn_implementation == "eager"
+    assert changed.config.use_cache is False
+
+
+def test_keywords_that_nothing_knows_are_refused(folder: Path) -> None:
+    with pytest.raises(TypeError, match=r"atn_implementation.*LlamaConfig"):
+        from_pretrained(folder, atn_implementation="eager")
+
+
+def test_the_dtype(folder: Path) -> None:
+    assert from_pretrained(folder).dtype == torch.float32
+    for dtype in (torch.bfloat16, "bfloat16"):
+        model = from_pretrained(folder, dtype=dtype)
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        assert model.lm_head.weight.scales.dtype == torch.float32  # the file's
+        assert model.config.dtype == torch.bfloat16
+        assert model(torch.tensor([[1, 2]])).logits.dtype == torch.bfloat16
+    edit_json(folder / "config.json", dtype="float16", torch_dtype="float16")
+    assert from_pretrained(folder).dtype == torch.float16
+    assert from_pretrained(folder, dtype="auto").dtype == torch.float16
+    for dtype in ("int7", torch.int8):
+        with pytest.raises(ValueError, match=r"int[78]"):
+            from_pretrained(folder, dtype=dtype)
+
+
+def test_the_generation_configuration(folder: Path) -> None:
+    assert from_pretrained(folder).generation_config.eos_token_id == 2
+    edit_json(folder / "generation_config.json", eos_token_id=[2, 9], top_k=7)
+    generation = from_pretrained(folder).generation_config
+    assert generation.eos_token_id == [2, 9]
+    assert generation.top_k == 7
+
+
+def test_classes_of_models(folder: Path) -> None:
+    assert (
+        type(from_pretrained(folder, model_class=LlamaForCausalLM)) is LlamaForCausalLM
+    )
+    with pytest.raises(CheckpointError, match="embed_tokens"):
+        from_pretrained(folder, model_class=AutoModel)  # whose names lack "model."
+
+
+def test_devices(folder: Path) -> None:
+    for device in ("cpu", torch.device("cpu")):
+        model = from_pretrained(folder, device_map=device)
+        tensors = [*model.parameters(), *model.buffers()]
+        assert {t.device.type for t in tensors} == {"cpu"}
+    model = from_pretrained(folder, device_map="meta")
+    assert {t.device.type for t in [*model.parameters(), *model.buffers()]} == {"meta"}
+    assert isinstance(model.lm_head.weight, AffineQuantizedTensor)
+    for several in ("auto", "balanced", {"": "cpu"}, ["cpu"]):
+        with pytest.raises(
+            ValueError, match=r"device_map is .*one device .* is allowed"
+        ):
+            from_pretrained(folder, device_map=several)
+
+
+# ---- nothing is missing ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["packed", "dense"])
+def test_missing_tensors_raise(kind: str, folder: Path) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    stem = "model.layers.1."
+    stem += "mlp.up_proj." if kind == "packed" else "input_layernorm."
+    kept = {n: t for n, t in tensors.items() if not n.startswith(stem)}
+    assert len(tensors) - len(kept) == (3 if kind == "packed" else 1)
+    save_file(kept, file)
+    with pytest.raises(CheckpointError, match=rf"1 missing:\n  {stem}weight\n"):
+        from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": 256},
+        {"vocab_size": 257},
+        {"num_hidden_layers": 3},
+        {"head_dim": 64},
+    ],
+    ids=str,
+)
+def test_a_configuration_that_contradicts_the_shapes(
+    changes: dict[str, int], folder: Path
+) -> None:
+    edit_json(folder / "config.json", **changes)
+    with pytest.raises(CheckpointError, match="does not fit the model"):
+        from_pretrained(folder)
+
+
+class BrokenClass:
+    @staticmethod
+    def from_config(config: object) -> nn.Module:
+        assert nn.Linear(2, 2).weight.is_meta
+        raise RuntimeError("no such model")
+
+
+def test_a_failure_leaves_torch_as_it_was(folder: Path) -> None:
+    register = nn.Module.register_parameter
+    with pytest.raises(RuntimeError, match="no such model"):
+        from_pretrained(folder, model_class=BrokenClass)
+    assert nn.Module.register_parameter is register
+    assert not nn.Linear(2, 2).weight.is_meta
+
+
+def test_a_folder_without_a_configuration(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises((OSError, ValueError), match=r"config\.json|model_type"):
+        from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="'nothing' is neither a folder"):
+        from_pretrained("nothing")
+
+
+# ---- text ------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_fallback")
+@pytest.mark.parametrize(
+    "case", [CASES[0], Case("llama", {"tie_word_embeddings": True}, bits=3)], ids=str
+)
+def test_greedy_text_is_that_of_mlx_lm(case: Case, tmp_path: Path) -> None:
+    import mlx.core as mx
+    from mlx_lm.generate import generate_step
+    from mlx_lm.utils import load_model
+
+    write_mlx_checkpoint(case, tmp_path)
+    prompt = [1, 17, 42, 5, 99]
+    mlx_model, _ = load_model(tmp_path)
+    steps = generate_step(mx.array(prompt), mlx_model, max_tokens=64)
+    want = [int(token) for token, _ in steps]
+
+    model = from_pretrained(tmp_path)
+    model.generation_config.eos_token_id = None  # mlx-lm's steps do not stop there
+    ids = model.generate(
+        torch.tensor([prompt]), max_new_tokens=64, do_sample=False, pad_token_id=0
+    )
+    assert ids[0].tolist() == prompt + want
+    assert len(want) == 64
+    assert len(set(want)) > 8  # not one token over and over
+
+
+@pytest.mark.usefixtures("no_fallback")
+def test_in_inference_mode(folder: Path) -> None:
+    prompt = torch.tensor([[1, 17, 42]])
+    want = from_pretrained(folder).generate(prompt, max_new_tokens=8, do_sample=False)
+    with torch.inference_mode():
+        inside = from_pretrained(folder)
+        assert torch.equal(
+            inside.generate(prompt, max_new_tokens=8, do_sample=False), want
+        )
+    # What was loaded inside works outside as well.
+    with torch.no_grad():
+        assert torch.equal(
+            inside.generate(prompt, max_new_tokens=8, do_sample=False), want
+        )
+
+
+def test_the_log_says_what_was_loaded(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="affine_tensor"):
+        from_pretrained(folder)
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO
+    assert record.getMessage().startswith(f"{folder}: ")
+    assert "packed weights     16     4     64" in record.getMessage()
+
+
+# ---- the Hub ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    edit_json(folder / "generation_config.json", eos_token_id=[2, 9])
+    (folder / "README.md").write_text("---\nlibrary_name: mlx\n---\n")
+    repos = {"org/model": folder, "org/private": folder}
+    with HubServer(repos, token="hf_good", private={"org/private"}) as server:
+        use_hub(monkeypatch, server)
+        yield server
+
+
+def test_a_repository_of_the_hub(
+    server: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = from_pretrained("org/model")
+    assert model.config._name_or_path == model.name_or_path == "org/model"
+    assert model.generation_config.eos_token_id == [2, 9]
+    assert sorted(server.downloads) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+    ]
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        want = from_pretrained(folder)(ids).logits
+        assert torch.equal(model(ids).logits, want)
+    server.requests.clear()
+    from_pretrained("org/model", local_files_only=True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    offline = from_pretrained("org/model")
+    assert server.requests == []
+    assert offline.config._name_or_path == "org/model"
+
+
+def test_a_private_repository_by_revision_and_cache(
+    server: HubServer, tmp_path: Path
+) -> None:
+    commit, _ = server.snapshot("org/private")
+    model = from_pretrained(
+        "org/private", token="hf_good", revision=commit, cache_dir=tmp_path / "cache"
+    )
+    assert model.config._name_or_path == "org/private"
+    assert next((tmp_path / "cache").rglob("*.safetensors")).parent.name == commit
+    assert not Path(constants.HF_HUB_CACHE).exists()
