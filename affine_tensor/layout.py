@@ -46,8 +46,8 @@ def check_format(bits: int, group_size: int) -> None:
         # 4.0 and True equal allowed values, and fail or mislead further on.
         if type(value) is not int or value not in allowed:
             raise ValueError(
-                f"{name} is {value!r}; allowed are {join(allowed)}, as int. "
-                "Choose one of these"
+                f"{name} is {value!r}; allowed are {join(allowed)}. Choose one of these "
+                "integers"
             )
 
 
@@ -248,6 +248,9 @@ def _quantize_rows(
     scale = (high - low).div_(torch.full_like(high, levels)).clamp_(min=_SMALLEST_SCALE)
     if bits == 1:
         bias = low
+        if bool((low == 0).any()):  # of zeros with both signs, MLX takes the first
+            first = weight.argmin(dim=-1, keepdim=True)
+            bias = weight.gather(-1, first).squeeze(-1)
     else:
         from_low = low.abs() > high.abs()
         scale = torch.where(from_low, scale, -scale)
@@ -259,13 +262,15 @@ def _quantize_rows(
     # `rows` may already be float32, so the first step must not be in place.
     codes = weight - bias.unsqueeze(-1)
     codes.div_(scale.unsqueeze(-1)).round_().clamp_(0, levels)
-    return codes.flatten(-2).to(torch.uint8), scale, bias
+    codes = codes.flatten(-2).to(torch.uint8, memory_format=torch.contiguous_format)
+    return codes, scale, bias
 
 
 def _dequantize_rows(
     words: Tensor, scale: Tensor, bias: Tensor, bits: int, dtype: torch.dtype
 ) -> Tensor:
     """``code * scale + bias`` [n, K], such that casting it to `dtype` rounds once."""
+    codes = _unfold(words.contiguous(), bits).unflatten(-1, (scale.shape[-1], -1))
     device = words.device.type
     # float32 is faster. On an accelerator the question would wait for the device, on
     # small slices it costs more than it saves.
@@ -273,13 +278,11 @@ def _dequantize_rows(
         device == "cpu"
         and scale.dtype != torch.float32
         and dtype != torch.float64
-        and words.numel() > 1 << 12
+        and codes.numel() > 1 << 15
         and _exact_in_float32(scale, bias, bits)
     )
     work = torch.float32 if in_float32 else torch.float64
-    values = (
-        _unfold(words.contiguous(), bits).to(work).unflatten(-1, (scale.shape[-1], -1))
-    )
+    values = codes.to(work)  # [n, K // group_size, group]
     values *= scale.to(work).unsqueeze(-1)
     values += bias.to(work).unsqueeze(-1)
     values = values.flatten(-2)
@@ -440,14 +443,14 @@ def _refuse_group(group: Tensor, place: list[int], columns: slice) -> None:
             "finite weights can be quantized. Leave this weight dense, or mend the "
             "checkpoint"
         )
-    dtype = str(group.dtype).removeprefix("torch.")
     rows = "".join(f"{i}, " for i in place)
-    widen = "" if group.dtype == torch.float32 else "convert the weight to float32, "
+    cures = "Scale it down or leave this weight dense"
+    if group.dtype == torch.float16:
+        cures = "Use more bits, convert it to float32, or leave this weight dense"
     raise ValueError(
         f"the weights at [{rows}{columns.start}:{columns.stop}] lie between "
-        f"{float(group.min()):g} and {float(group.max()):g}; their scale would be more "
-        f"than {dtype} can express ({torch.finfo(group.dtype).max:g}). Use more bits, "
-        f"{widen}or leave this weight dense"
+        f"{float(group.min()):g} and {float(group.max()):g}, too far apart for a scale "
+        f"in {join([group.dtype])} ({torch.finfo(group.dtype).max:g} at most). {cures}"
     )
 
 
