@@ -80,7 +80,7 @@ def index(*values: Any) -> Tensor:
 
 MOVES = [
     Case("t", lambda w: w.t(), "MmPpCV"),
-    Case("T", lambda w: w.T, "MmPpCV"),
+    Case("T", lambda w: w.T, "MmPpC"),
     Case("mT", lambda w: w.mT, "MmPpCEeQq"),
     Case("transpose", lambda w: w.transpose(-2, -1), "MmPpCEeQq"),
     Case("transpose twice", lambda w: w.mT.transpose(-1, -2), "MmPpCEeQq"),
@@ -827,18 +827,37 @@ def test_equal_finds_the_same_values_in_other_formats() -> None:
     assert not torch.equal(codes, make(6, 128, permuted=True))
 
 
-@pytest.mark.skipif(
-    not torch.accelerator.is_available(), reason="pinning needs an accelerator"
+needs_accelerator = pytest.mark.skipif(
+    not torch.accelerator.is_available(), reason="there is no accelerator"
 )
+
+
+@needs_accelerator
 def test_pinning_pins_every_part() -> None:
     weight = make(6, 128, permuted=True)
     assert not weight.is_pinned()
     pinned = weight.pin_memory()
+    assert is_packed(pinned)
     assert pinned.is_pinned()
     assert all(part.is_pinned() for part in pinned._parts())
     assert torch.equal(pinned, weight)
-    moved = pinned.to(torch.accelerator.current_accelerator(), non_blocking=True)
-    assert torch.equal(moved.cpu(), weight)
+
+
+@needs_accelerator
+@pytest.mark.parametrize("kind", [*WEIGHTS])
+def test_a_weight_goes_to_the_accelerator_and_back(kind: str) -> None:
+    device = torch.accelerator.current_accelerator()
+    weight = WEIGHTS[kind]()
+    moved = weight.to(device, non_blocking=True)
+    assert is_packed(moved)
+    assert {part.device.type for part in moved._parts()} == {device.type}
+    assert moved.to(device) is moved
+    moved.record_stream(torch.accelerator.current_stream())
+    as_half = weight.to(device, torch.float16)
+    assert (as_half.dtype, as_half.scales.dtype) == (torch.float16, torch.float32)
+    for back in (moved.cpu(), torch.empty_like(weight).copy_(moved), as_half.cpu()):
+        assert torch.equal(back.float(), weight)
+    assert torch.equal(moved.dequantize().cpu(), weight.dequantize())
 
 
 def test_pinning_asks_and_pins_every_part() -> None:

@@ -254,14 +254,38 @@ def test_deepcopy_copies_every_part_once(weight: AffineQuantizedTensor) -> None:
     assert new.note is not weight.note  # type: ignore[attr-defined]
 
 
-def test_deepcopy_of_a_module_keeps_its_ties() -> None:
-    model = nn.Sequential(nn.Embedding(6, 128), nn.Linear(128, 6, bias=False))
-    model[0].weight = model[1].weight = nn.Parameter(make(6, 128))
-    new = copy.deepcopy(model)
-    assert new[0].weight is new[1].weight
-    assert isinstance(new[0].weight, nn.Parameter)
-    assert not share_memory(new[0].weight, model[0].weight)
-    assert len(list(new.parameters())) == 1
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(6, 128)
+        self.head = nn.Linear(128, 6, bias=False)
+        self.embedding.weight = self.head.weight = nn.Parameter(make(6, 128))
+
+
+KEEP_TIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": lambda model: torch.load(saved(model), weights_only=False),
+    "to a dtype": lambda model: model.to(torch.bfloat16),
+    "to meta": lambda model: model.to("meta"),
+    "to_empty": lambda model: model.to("meta").to_empty(device="cpu"),
+    "to the same": lambda model: model.cpu().float(),
+    "share_memory": lambda model: model.share_memory(),
+}
+
+
+@pytest.mark.parametrize("name", KEEP_TIES)
+def test_a_module_keeps_its_ties(name: str) -> None:
+    model = KEEP_TIES[name](Tied())
+    assert model.embedding.weight is model.head.weight
+    assert isinstance(model.head.weight, nn.Parameter)
+    assert isinstance(model.head.weight, AffineQuantizedTensor)
+    assert len(list(model.parameters())) == 1
+
+
+def test_deepcopy_of_a_module_shares_no_memory_with_it() -> None:
+    model = Tied()
+    assert not share_memory(copy.deepcopy(model).head.weight, model.head.weight)
 
 
 def test_copy_shares_the_parts(weight: AffineQuantizedTensor) -> None:
