@@ -179,7 +179,8 @@ def test_parts_that_do_not_fit_are_refused(name: str) -> None:
 
 def test_refusals_say_what_was_seen_and_what_is_allowed() -> None:
     messages = []
-    for make_it, error in UNFIT.values():
+    own = ("dtype", "devices", "row", "permutation", "channel")  # others: the layout's
+    for make_it, error in (UNFIT[name] for name in UNFIT if name.endswith(own)):
         with pytest.raises(error) as raised:
             make_it()
         messages.append(str(raised.value))
@@ -187,20 +188,11 @@ def test_refusals_say_what_was_seen_and_what_is_allowed() -> None:
         wrapped("\n".join(messages)),
         """\
 dtype is torch.int32; allowed are float32, float16, bfloat16, float64
-packed words are torch.float32; uint32 or int32 is needed
-packed [6, 16] and scales [6, 4] do not fit together at 8 bits and group
-  size 32: 4 groups are 128 columns, or 32 words a row
-bits is 7; allowed are 1, 2, 3, 4, 5, 6, 8
 the parts lie on several devices, cpu and meta; move them to one
 a tensor of one dimension cannot be transposed
 the permutation has shape [127]; [128] is needed, one entry for each column
 the permutation is torch.float32; int32 is needed
-the permutation does not hold each of 0 to 127 once
-a weight of shape [6, 100] cannot be quantized: 100 columns are not a
-  multiple of the group size 64. Choose another group_size or leave this
-  weight dense
-the weight is torch.int32; allowed are float32, float16, bfloat16. Convert
-  it first, with weight.float() for example""",
+the permutation does not hold each of 0 to 127 once""",
     )
 
 
