@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import expecttest
@@ -35,12 +35,15 @@ def bytes_of(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8)
 
 
-def assert_same_bits(ours: Any, oracle: Any) -> None:
+def assert_same_bits(ours: Any, oracle: Any, rows: Sequence[str] = ()) -> None:
+    """`rows` names the rows, for the message."""
     ours, oracle = [[x] if isinstance(x, Tensor) else x for x in (ours, oracle)]
     for a, b in zip(ours, oracle, strict=True):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
-        differing = (bytes_of(a) != bytes_of(b)).sum()
-        assert differing == 0, f"{differing} bytes of {a.nbytes}"
+        wrong = bytes_of(a) != bytes_of(b)
+        if wrong.any():
+            where = {rows[i] for i in wrong.nonzero()[:, 0]} if rows else "them"
+            pytest.fail(f"{wrong.sum()} bytes of {a.nbytes} differ, in {where}")
 
 
 # ---- oracles --------------------------------------------------------------------
@@ -193,31 +196,42 @@ def adversarial(bits: int, group: int, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: case.to(dtype) for name, case in cases.items()}
 
 
-def many_groups(bits: int, group: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """[256, 4 * group]: every group of its own size and offset, many on a coarse grid."""
+def many_groups(group: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """[512, 2 * group]: every group of its own size and offset, half on a coarse grid."""
     kind, shape = {"generator": generator(seed), "dtype": torch.float64}, (512, 2)
     spread = 10 ** (4 * torch.rand(*shape, 1, **kind) - 3)
     offset = torch.randn(*shape, 1, **kind) * spread * torch.rand(*shape, 1, **kind)
     weight = torch.randn(*shape, group, **kind) * spread + offset
     grid = 2.0 ** torch.randint(-6, 1, (512, 2, 1), generator=generator(seed))
     weight[::2] = (weight / grid).round()[::2] * grid[::2]
-    return weight.view(256, -1).to(dtype)
+    return weight.view(512, -1).to(dtype)
+
+
+def hard_rows(
+    bits: int, group: int, dtype: torch.dtype, seeds: int = 0
+) -> tuple[Tensor, list[str]]:
+    """All of that as one weight [N, 2 * group], and the case of each row."""
+    cases = adversarial(bits, group, dtype)
+    cases["many groups"] = many_groups(group, dtype, 100)[:48]
+    for seed in range(seeds):
+        cases[f"many groups {seed}"] = many_groups(group, dtype, seed)
+    names = [name for name, rows in cases.items() for _ in range(len(rows))]
+    return torch.cat(list(cases.values())), names
 
 
 @dtypes
 @pytest.mark.parametrize(("bits", "group"), MLX_FORMATS)
 def test_quantize_is_mlx(mx: Any, bits: int, group: int, dtype: torch.dtype) -> None:
-    large = torch.randn(512, 1024, generator=generator(bits * group)).to(dtype)
-    three = large[:24].view(3, 8, 1024)
-    cases = adversarial(bits, group, dtype) | {"512 x 1024": large, "3-D": three}
-    for seed in range(4):
-        cases[f"many groups {seed}"] = many_groups(bits, group, dtype, seed)
-    for name, weight in cases.items():
-        ours = layout.quantize(weight, bits=bits, group_size=group)
-        try:
-            assert_same_bits(ours, mlx_quantize(mx, weight, bits, group))
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from None
+    form = {"bits": bits, "group_size": group}
+    weight, names = hard_rows(bits, group, dtype, seeds=4)
+    theirs = mlx_quantize(mx, weight, bits, group)
+    assert_same_bits(layout.quantize(weight, **form), theirs, names)
+    weight = torch.randn(512, 1024, generator=generator(bits * group)).to(dtype)
+    theirs = mlx_quantize(mx, weight, bits, group)
+    assert_same_bits(layout.quantize(weight, **form), theirs)
+    experts = weight[:24].view(3, 8, 1024)
+    theirs = mlx_quantize(mx, experts, bits, group)
+    assert_same_bits(layout.quantize(experts, **form), theirs)
 
 
 @dtypes
@@ -225,24 +239,17 @@ def test_quantize_is_mlx(mx: Any, bits: int, group: int, dtype: torch.dtype) -> 
 def test_quantize_follows_the_rule_where_mlx_has_no_such_groups(
     bits: int, group: int, dtype: torch.dtype
 ) -> None:
-    weights = adversarial(bits, group, dtype)
-    weights["many groups"] = many_groups(bits, group, dtype)[:32]
-    for name, weight in weights.items():
-        ours = layout.quantize(weight, bits=bits, group_size=group)
-        try:
-            assert_same_bits(ours, scalar_quantize(weight, bits, group))
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from None
+    weight, names = hard_rows(bits, group, dtype)
+    ours = layout.quantize(weight, bits=bits, group_size=group)
+    assert_same_bits(ours, scalar_quantize(weight, bits, group), names)
 
 
 @dtypes
 @pytest.mark.parametrize("bits", BITS)
 def test_the_scalar_rule_is_that_of_mlx(mx: Any, bits: int, dtype: torch.dtype) -> None:
-    weights = adversarial(bits, 64, dtype)
-    weights["many groups"] = many_groups(bits, 64, dtype)[:32]
-    for weight in weights.values():
-        scalar = scalar_quantize(weight, bits, 64)
-        assert_same_bits(scalar, mlx_quantize(mx, weight, bits, 64))
+    weight, names = hard_rows(bits, 64, dtype)
+    theirs = mlx_quantize(mx, weight, bits, 64)
+    assert_same_bits(scalar_quantize(weight, bits, 64), theirs, names)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -340,10 +347,8 @@ def test_dequantize_is_float64_rounded_once(
             ours = layout.dequantize(
                 packed, scales, biases, bits=bits, group_size=group, dtype=target
             )
-            try:
-                assert_same_bits(ours, round_once(values, target))
-            except AssertionError as error:
-                raise AssertionError(f"{how}, {target}: {error}") from None
+            expected = round_once(values, target)
+            assert_same_bits(ours, expected, [f"{how}, {target}"] * len(ours))
 
 
 @dtypes
@@ -361,6 +366,31 @@ def test_dequantize_in_slices(dtype: torch.dtype, target: torch.dtype) -> None:
     assert_same_bits(layout.dequantize(*strided, dtype=target, **form), expected)
     signed = [packed.view(torch.int32), scales, biases]
     assert_same_bits(layout.dequantize(*signed, dtype=target, **form), expected)
+
+
+@dtypes
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_dequantize_at_all_distances_of_scale_and_bias(
+    bits: int, dtype: torch.dtype
+) -> None:
+    """Where shorter arithmetic is tempting: one distance, one size in a weight."""
+    kind, g = {"bits": bits, "group_size": 64}, generator(bits)
+    ends = {torch.float16: (-23, 15), torch.float32: (-145, 127)}
+    smallest, largest = ends.get(dtype, (-132, 127))
+    steps = [(0, apart) for apart in range(-30, 31)]
+    steps += [(size, 1) for size in (*range(smallest, smallest + 9), largest - 8)]
+    for size, apart in [*steps, (largest - 1, -1), (largest, 0)]:
+        packed, scales, biases = random_parts(bits, 64, dtype, "ordinary")
+        pair = torch.rand(2, *scales.shape, generator=g, dtype=torch.float64) + 1
+        pair *= torch.randint(0, 2, pair.shape, generator=g) * 2 - 1
+        pair *= torch.tensor([2.0**size, 2.0 ** (size + apart)]).double().view(2, 1, 1)
+        scales, biases = pair.clamp(-MAX[dtype], MAX[dtype]).to(dtype)
+        codes = layout.unpack(packed, bits=bits)
+        values = float64_values(codes, scales, biases, 64)
+        for target in (torch.float16, torch.bfloat16, torch.float32):
+            ours = layout.dequantize(packed, scales, biases, dtype=target, **kind)
+            names = [f"2^{size}, 2^{apart}, {target}"] * len(ours)
+            assert_same_bits(ours, round_once(values, target), names)
 
 
 def test_the_rounding_oracle() -> None:
