@@ -495,6 +495,12 @@ def test_a_tied_weight_stored_twice(dense: bool, tmp_path: Path) -> None:
     assert state(model) == before
 
 
+def test_a_missing_tied_weight_is_listed_once(tmp_path: Path) -> None:
+    tensors = without(checkpoint_tensors(), "head", "embed")
+    with pytest.raises(CheckpointError, match=r"1 missing:\n  embed\.weight\n"):
+        load_checkpoint_(Net(tied=True), write(tmp_path, tensors))
+
+
 def test_ties_on_meta(tmp_path: Path) -> None:
     tensors = without(checkpoint_tensors(), "head")
     with torch.device("meta"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,12 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from affine_tensor import AffineQuantizedTensor, CheckpointError, from_pretrained
+from affine_tensor import (
+    AffineQuantizedTensor,
+    CheckpointError,
+    from_pretrained,
+    save_checkpoint,
+)
 
 mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm writes the checkpoints")
 
@@ -307,3 +313,22 @@ def test_a_private_repository_by_revision_and_cache(
     assert model.config._name_or_path == "org/private"
     assert next((tmp_path / "cache").rglob("*.safetensors")).parent.name == commit
     assert not Path(constants.HF_HUB_CACHE).exists()
+
+
+def test_a_saved_model_takes_the_tokenizer_of_its_revision(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = tmp_path / "older"
+    shutil.copytree(folder, older)
+    for name in (folder, older):
+        (name / "tokenizer.json").write_text(json.dumps({"from": name.name}))
+    with HubServer({"org/model": {"main": folder, "v1": older}}) as server:
+        use_hub(monkeypatch, server)
+        for revision, name in {"v1": "older", "main": "mlx"}.items():
+            model = from_pretrained("org/model", revision=revision)
+            report = save_checkpoint(model, tmp_path / revision)
+            assert report.tokenizer
+            tokenizer = (tmp_path / revision / "tokenizer.json").read_text()
+            assert json.loads(tokenizer) == {"from": name}
+        config = (tmp_path / "v1" / "config.json").read_text()
+        assert server.snapshot("org/model", "v1")[0] not in config

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -170,6 +172,42 @@ def test_models_of_16_bits(dtype: torch.dtype, tmp_path: Path) -> None:
     assert relative_l2(mlx_logits(tmp_path / "mlx", IDS), logits(wide)) < TOLERANCE
 
 
+SETTINGS: dict[str, dict[str, Any]] = {  # none of them what mlx-lm assumes by default
+    "llama": {
+        "rope_theta": 2000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 2.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "gemma3_text": {
+        "rope_theta": 3000.0,
+        "rope_local_base_freq": 500.0,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 16,
+    },
+    "phi": {"rope_theta": 2000.0, "partial_rotary_factor": 0.25},
+    "gpt_bigcode": {},
+}
+
+
+@pytest.mark.parametrize("model_type", SETTINGS)
+def test_a_model_that_comes_from_no_folder(model_type: str, tmp_path: Path) -> None:
+    # All that mlx-lm reads has to come from the configuration that transformers keeps.
+    (case,) = [c for c in CASES if c.model_type == model_type][:1]
+    case = Case(model_type, {**case.config, **SETTINGS[model_type]})
+    model = stock_model(case, tmp_path / "dense")
+    model.config._name_or_path = ""
+    shutil.rmtree(tmp_path / "dense")
+    quantize_(model)
+    save_checkpoint(model, tmp_path / "mlx")
+    assert_speaks(tmp_path / "mlx", logits(model))
+
+
 def test_a_tied_weight_is_written_once(tmp_path: Path) -> None:
     model = stock_model(TIED, tmp_path / "dense")
     quantize_(model)
@@ -189,7 +227,7 @@ def test_modules_left_dense(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bits", [4, 5])
 def test_groups_of_256_are_written_as_two(bits: int, tmp_path: Path) -> None:
-    case = Case("llama", {"hidden_size": 256})
+    case = Case("llama", {"hidden_size": 256, "intermediate_size": 512})
     model = stock_model(case, tmp_path / "dense")
     quantize_(model, AffineConfig(bits, 256), lambda module, name: "o_proj" not in name)
     report = save_checkpoint(model, tmp_path / "mlx")
@@ -345,6 +383,16 @@ def test_views_of_packed_weights(tmp_path: Path) -> None:
     load_checkpoint_(again, tmp_path / "mlx")
     assert torch.equal(again[0].weight.dequantize(), weight.dequantize()[2:6, 32:96])
     assert again[0].weight.nbytes == 4 * (64 // 2 + 2 * 2 * 4)
+
+
+def test_settings_are_written_under_both_of_their_names(tmp_path: Path) -> None:
+    # mlx-lm reads num_experts, which transformers 5 calls num_local_experts.
+    model = small_model()
+    model.config = AutoConfig.for_model("qwen3_moe", num_experts=12, rope_theta=99.0)
+    save_checkpoint(model, tmp_path / "mlx")
+    config = json.loads((tmp_path / "mlx" / "config.json").read_text())
+    assert config["num_experts"] == config["num_local_experts"] == 12
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
 
 
 def test_mixed_recipes_are_named_in_the_configuration(tmp_path: Path) -> None:

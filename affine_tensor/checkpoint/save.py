@@ -395,11 +395,13 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 def _origin(model: nn.Module) -> Path | None:
     """The folder that a transformers model came from, if it is on this machine."""
-    name = getattr(getattr(model, "config", None), "name_or_path", None)
+    config = getattr(model, "config", None)
+    name = getattr(config, "name_or_path", None)
     if not name:
         return None
+    revision = getattr(config, "_commit_hash", None)
     try:
-        return fetch(name, local_files_only=True)
+        return fetch(name, revision=revision, local_files_only=True)
     except (OSError, ValueError):
         return None
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.utils.hub import extract_commit_hash
 
-from ..checkpoint.files import fetch
+from ..checkpoint.files import CONFIG, fetch
 from ..checkpoint.load import load_checkpoint_
 from ..tensor import logger
 
@@ -63,6 +64,8 @@ def from_pretrained(
             if hasattr(own, key):
                 delattr(own, key)
     config.name_or_path = str(source)
+    # Of a repository, the revision too: save_checkpoint takes the tokenizer from there.
+    config._commit_hash = extract_commit_hash(str(folder / CONFIG), None)
     with _parameters_on_meta():
         options = {} if dtype == "auto" else {"dtype": dtype}
         build = getattr(model_class, "from_config", None) or model_class._from_config
