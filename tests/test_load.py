@@ -495,6 +495,25 @@ def test_a_tied_weight_stored_twice(dense: bool, tmp_path: Path) -> None:
     assert state(model) == before
 
 
+@pytest.mark.parametrize("dense", ["head", "embed"])
+def test_a_tied_weight_stored_packed_and_dense(dense: str, tmp_path: Path) -> None:
+    tensors = checkpoint_tensors()
+    twin = {"head": "embed", "embed": "head"}[dense]
+    weight = AffineQuantizedTensor.from_packed(
+        *(tensors[f"{twin}.{part}"] for part in ("weight", "scales", "biases")), **Q4
+    )
+    tensors = without(tensors, dense) | {f"{dense}.weight": weight.dequantize()}
+    model = Net(tied=True)
+    load_checkpoint_(model, write(tmp_path / "equal", tensors))
+    assert isinstance(model.embed.weight, AffineQuantizedTensor)
+    assert model.head.weight is model.embed.weight
+    tensors[f"{dense}.weight"][5, 6] += 1e-5
+    with pytest.raises(
+        CheckpointError, match=rf"ties {twin}\.weight and {dense}\.weight"
+    ):
+        load_checkpoint_(model, write(tmp_path / "different", tensors))
+
+
 def test_a_missing_tied_weight_is_listed_once(tmp_path: Path) -> None:
     tensors = without(checkpoint_tensors(), "head", "embed")
     with pytest.raises(CheckpointError, match=r"1 missing:\n  embed\.weight\n"):

@@ -146,10 +146,9 @@ def _make_plan(model: nn.Module, checkpoint: Checkpoint) -> _Plan:
         if target.parameter.dim() > 1 and target.parameter.shape[-1]
     }
     packed, broken, parts = mlx.packed_weights(checkpoint, columns)
-    stored: dict[str, _Stored] = {
-        name: tensor for name, tensor in checkpoint.tensors.items() if name not in parts
-    }
-    stored.update(packed)
+    # Packed ones first: of a tied weight that is stored in both ways they are kept.
+    stored: dict[str, _Stored] = dict(packed)
+    stored |= {n: t for n, t in checkpoint.tensors.items() if n not in parts}
 
     plan, misfits = _Plan(), dict(broken)
     unexpected: list[str] = []
@@ -260,8 +259,10 @@ def _read(
         yield target, value
     for target, stored in plan.repeated:
         if not torch.equal(_value(target, stored), read[id(target.parameter)]):
+            own = target.parameter
+            first = next(s.name for t, s in work if t.parameter is own)
             raise CheckpointError(
-                f"the model ties {target.name} and {stored.name}, and the checkpoint "
+                f"the model ties {first} and {stored.name}, and the checkpoint "
                 "has different values for them. Untie them first: "
                 "config.tie_word_embeddings = False"
             )
