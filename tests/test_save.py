@@ -600,6 +600,19 @@ def test_other_dtypes_of_dense_tensors_are_kept(tmp_path: Path) -> None:
     }
 
 
+def test_float64_is_written_as_float32_and_reported(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 8), nn.LayerNorm(64)).double()
+    model.register_buffer("scale", torch.ones(2, dtype=torch.float64))
+    quantize_(model)
+    report = save_checkpoint(model, tmp_path / "mlx")
+    said = "written as float32, from float64"
+    assert report.changed == dict.fromkeys(
+        ["0.bias", "1.weight", "1.bias", "scale"], said
+    )
+    dtypes = {t.dtype for t in stored(tmp_path / "mlx").values()}
+    assert dtypes == {torch.float32, torch.uint32}
+
+
 @pytest.mark.parametrize("what", ["scales", "dense", "made dense"])
 def test_numbers_beyond_the_dtype_are_refused(what: str, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(64, 8), nn.LayerNorm(64))

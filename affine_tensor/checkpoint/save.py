@@ -189,14 +189,14 @@ def _entries(
         name, value = slot.name, slot.parameter
         if not isinstance(value, AffineQuantizedTensor):
             dtype = scales if main and value.dtype == main[0][0] else None
-            entries.append(_dense_entry(name, value, dtype))
+            entries.append(_dense_entry(name, value, dtype, report))
             continue
         reason = _misfit(name, value)
         if reason and unsupported == "error":
             problems.append(f"  {name}: {reason}")
         elif reason and (unsupported == "dense" or not _is_weight(name)):
             report.changed[name] = f"written dense ({reason})"
-            entries.append(_dense_entry(name, value, scales))
+            entries.append(_dense_entry(name, value, scales, report))
         else:
             if reason:
                 report.changed[name] = f"requantized ({reason})"
@@ -212,7 +212,7 @@ def _entries(
         for own, buffer in module._buffers.items():
             if buffer is not None and own not in module._non_persistent_buffers_set:
                 name = f"{prefix}.{own}" if prefix else own
-                entries.append(_dense_entry(name, buffer, None))
+                entries.append(_dense_entry(name, buffer, None, report))
     return entries
 
 
@@ -233,9 +233,13 @@ def _misfit(name: str, weight: AffineQuantizedTensor) -> str | None:
     return None
 
 
-def _dense_entry(name: str, value: Tensor, dtype: torch.dtype | None) -> _Entry:
+def _dense_entry(
+    name: str, value: Tensor, dtype: torch.dtype | None, report: SaveReport
+) -> _Entry:
     if dtype is None:
         dtype = _storable(value.dtype)
+    if value.dtype == torch.float64:
+        report.changed.setdefault(name, f"written as {str(dtype)[6:]}, from float64")
 
     def make() -> dict[str, Tensor]:
         dense = value.detach()
