@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from tqdm.auto import tqdm
 
 from . import layout
@@ -40,11 +41,20 @@ class QuantizeReport:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.quantized)} modules quantized"]
+        lines = [f"{_modules(len(self.quantized))} quantized"]
         if self.skipped:
             lines[0] += f", {len(self.skipped)} left alone:"
-            lines += [f"  {name}: {why}" for name, why in self.skipped.items()]
+            lines += [f"  {_shown(name)}: {why}" for name, why in self.skipped.items()]
         return "\n".join(lines)
+
+
+def _modules(count: int) -> str:
+    return f"{count} module" if count == 1 else f"{count} modules"
+
+
+def _shown(name: str) -> str:
+    """A module's name for people: that of the model itself is empty."""
+    return name or "(the model itself)"
 
 
 @dataclass
@@ -99,6 +109,11 @@ def quantize_(
     and packed weights exist together for a moment.
     """
     config = AffineConfig() if config is None else config
+    if not isinstance(config, AffineConfig):
+        raise TypeError(
+            f"config is {config!r}; an AffineConfig is needed, such as "
+            "AffineConfig(bits=4, group_size=64)"
+        )
     report = QuantizeReport()
     chosen = list(_choose(model, config, filter_fn, report))
     packed = []
@@ -118,9 +133,9 @@ def quantize_(
     unasked = {n: why for n, why in report.skipped.items() if why != _FILTERED}
     if unasked:
         logger.warning(
-            "%d modules left dense: %s",
-            len(unasked),
-            "; ".join(f"{name} ({why})" for name, why in unasked.items()),
+            "%s left as found: %s",
+            _modules(len(unasked)),
+            "; ".join(f"{_shown(name)} ({why})" for name, why in unasked.items()),
         )
     return report
 
@@ -143,8 +158,8 @@ def _choose(
         answer = True if filter_fn is None else filter_fn(module, name)
         if not isinstance(answer, (bool, AffineConfig)):
             raise TypeError(
-                f"filter_fn returned {answer!r} for {name}; a bool or an AffineConfig "
-                "is needed"
+                f"filter_fn returned {answer!r} for {_shown(name)}; a bool or an "
+                "AffineConfig is needed"
             )
         weight = module._parameters.get("weight")
         if weight is None:
@@ -173,8 +188,13 @@ def _agreed(
         return None
     configs = {config if answer is True else answer for answer in answers}
     if len(configs) > 1:
+        given = ", ".join(
+            f"{_shown(name)} {config if answer is True else answer}"
+            for name, answer in asked
+        )
         raise ValueError(
-            f"filter_fn gave different configurations for one shared weight: {asked}"
+            "filter_fn gave different configurations to modules that share one weight: "
+            f"{given}. Return the same for all of them, or untie them first"
         )
     (own,) = configs
     return own if isinstance(own, AffineConfig) else None
@@ -187,6 +207,8 @@ def _misfit(slot: Slot, config: AffineConfig) -> str | None:
         return "it is quantized already"
     if nn.parameter.is_lazy(weight):
         return "its shape is not known yet"
+    if is_traceable_wrapper_subclass(weight):
+        return f"it is a {type(weight).__name__}, not a plain tensor"
     for _, module, _ in slot.places:
         if isinstance(module, nn.Embedding) and module.max_norm is not None:
             return "an embedding with max_norm rewrites its weight"
@@ -244,20 +266,22 @@ class Footprint:
 
     @property
     def parameters(self) -> int:
-        """Number of weights, as counted in the dense model."""
-        return sum(row.elements for row in self.rows)
+        """Number of weights, as counted in the dense model; buffers are none."""
+        return sum(row.elements for row in self.rows if row.kind != "buffer")
 
     @property
     def bits_per_weight(self) -> float:
+        """All bytes, those of buffers too, over the number of weights."""
         return 8 * self.bytes / max(1, self.parameters)
 
     def __str__(self) -> str:
         table = [("module", "count", "shape", "bits", "group", "bytes", "bits/weight")]
-        for (name, *_), rows in _alike(self.rows).items():
+        for rows in _alike(self.rows):
             first = rows[0]
+            name = " = ".join((first.name, *first.tied))
             table.append(
                 (
-                    name + "".join(f" = {_pattern(tie)}" for tie in first.tied),
+                    name if len(rows) == 1 else _pattern(name),
                     str(len(rows)),
                     "x".join(map(str, first.shape)) or "1",
                     str(first.bits),
@@ -274,12 +298,14 @@ class Footprint:
 def footprint(model: nn.Module) -> Footprint:
     """Bits, group size, bytes and bits per weight of each parameter and buffer.
 
-    A shared parameter counts once. Printing it joins the layers that are alike.
+    A shared parameter counts once; one of a lazy module, as yet without a shape, takes
+    nothing. Printing it joins the layers that are alike.
     """
     rows = []
     for slot in slots(model).values():
         module, weight = slot.places[0][1], slot.parameter
-        bits, group_size = 8 * weight.element_size(), None
+        bits, group_size = 8 * weight.dtype.itemsize, None
+        lazy = torch.nn.parameter.is_lazy(weight)
         if isinstance(weight, AffineQuantizedTensor):
             bits, group_size = weight.bits, weight.group_size
         others = tuple(".".join(filter(None, (n, own))) for n, _, own in slot.places)
@@ -287,10 +313,10 @@ def footprint(model: nn.Module) -> Footprint:
             FootprintRow(
                 name=slot.name,
                 kind=type(module).__name__,
-                shape=tuple(weight.shape),
+                shape=(0,) if lazy else tuple(weight.shape),
                 bits=bits,
                 group_size=group_size,
-                bytes=weight.nbytes,
+                bytes=0 if lazy else weight.nbytes,
                 tied=others[1:],
             )
         )
@@ -302,15 +328,15 @@ def footprint(model: nn.Module) -> Footprint:
 
 
 def _pattern(name: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+    return re.sub(r"(?<![^. ])\d+(?=\.)", "*", name)
 
 
-def _alike(rows: tuple[FootprintRow, ...]) -> dict[tuple, list[FootprintRow]]:
+def _alike(rows: tuple[FootprintRow, ...]) -> Iterable[list[FootprintRow]]:
     groups: dict[tuple, list[FootprintRow]] = {}
     for row in rows:
         key = (_pattern(row.name), row.shape, row.bits, row.group_size, row.bytes)
         groups.setdefault(key, []).append(row)
-    return groups
+    return groups.values()
 
 
 def format_table(rows: Sequence[tuple[str, ...]]) -> str:
