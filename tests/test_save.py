@@ -726,6 +726,13 @@ def test_a_folder_that_is_not_empty(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["mlx"]
 
 
+def test_a_folder_that_holds_something_else_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="holds files and no checkpoint"):
+        save_checkpoint(small_model(), tmp_path, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
 def test_a_file_in_its_place(tmp_path: Path) -> None:
     (tmp_path / "mlx").write_text("mine")
     for overwrite in (False, True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import uuid
 from collections import Counter
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -20,30 +18,14 @@ from tqdm.auto import tqdm
 from .. import layout
 from ..quantize import slots
 from ..tensor import AffineQuantizedTensor, logger
-from .files import CONFIG, INDEX, cast, fetch, is_repository, read_json
+from .companions import mlx_config, origin_of, write_companions, write_json
+from .files import CONFIG, INDEX, cast
 
 Unsupported = Literal["error", "dense", "requantize"]
 
 _MLX_GROUP_SIZES = (32, 64, 128)
 _SHARD_BYTES = 5 << 30  # mlx-lm's own size
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-# What goes along from the folder that a model came from.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "*.tiktoken",
-)
 
 
 @dataclass
@@ -117,12 +99,7 @@ def save_checkpoint(
     them, for weights that MLX cannot hold.
     """
     folder = Path(folder).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file; a folder is written")
-    if folder.exists() and not overwrite and any(folder.iterdir()):
-        raise FileExistsError(
-            f"{folder} is not empty; pass overwrite=True to replace it"
-        )
+    _check_free(folder, overwrite)
     report = SaveReport(folder)
     entries = _entries(model, _scale_dtype(model, dtype), unsupported, report)
     place = folder.resolve()  # behind a link, and with a name where it is "."
@@ -130,9 +107,14 @@ def save_checkpoint(
     beside.mkdir(parents=True)
     try:
         _write_weights(entries, beside, max_shard_bytes, report, progress)
-        origin = _origin(model)
-        _write_json(beside / CONFIG, _config(model, entries, origin))
-        _write_companions(model, beside, tokenizer or origin, report)
+        origin = origin_of(model)
+        formats = {
+            entry.name.removesuffix(".weight"): (entry.bits, entry.group_size)
+            for entry in entries
+            if entry.bits is not None and entry.group_size is not None
+        }
+        write_json(beside / CONFIG, mlx_config(model, formats, origin))
+        report.tokenizer = write_companions(model, beside, tokenizer or origin)
         report.files = sorted(path.name for path in beside.iterdir())
         _move_into_place(beside, place)
     except BaseException:
@@ -141,6 +123,25 @@ def save_checkpoint(
     if report.cast or report.changed or not report.tokenizer:
         logger.warning("%s", report)
     return report
+
+
+def _check_free(folder: Path, overwrite: bool) -> None:
+    """Raise FileExistsError unless a checkpoint may be put there."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; a folder is written")
+    if not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"{folder} is not empty; pass overwrite=True to replace it"
+        )
+    if not (folder / CONFIG).exists() and not any(folder.glob("*.safetensors")):
+        raise FileExistsError(
+            f"{folder} holds files and no checkpoint; it is not replaced. Choose "
+            "another folder or empty this one"
+        )
 
 
 # ---- what is written ------------------------------------------------------------
@@ -375,7 +376,7 @@ def _write_weights(
         "metadata": {"total_size": total},
         "weight_map": dict(sorted(weight_map.items())),
     }
-    _write_json(folder / INDEX, index)
+    write_json(folder / INDEX, index)
     for name in set(weight_map.values()):  # safetensors makes them private
         shutil.copymode(folder / INDEX, folder / name)
 
@@ -391,136 +392,6 @@ def _shards(entries: list[_Entry], limit: int) -> Iterator[list[_Entry]]:
         shard.append(entry)
         size += entry.nbytes
     yield shard
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=4) + "\n", encoding="utf-8")
-
-
-def _origin(model: nn.Module) -> Path | None:
-    """The folder that a transformers model came from, if it is on this machine."""
-    config = getattr(model, "config", None)
-    name = getattr(config, "name_or_path", None)
-    if not name:
-        return None
-    revision = getattr(config, "_commit_hash", None)
-    try:
-        return fetch(name, revision=revision, local_files_only=True)
-    except (OSError, ValueError):
-        return None
-
-
-def _config(
-    model: nn.Module, entries: list[_Entry], origin: Path | None
-) -> dict[str, Any]:
-    """config.json: the model's own, in both spellings, with the quantization."""
-    own: Any = getattr(model, "config", None)
-    config: dict[str, Any] = {}
-    if hasattr(own, "to_json_string"):
-        # Not to_dict: this way also infinite values come out as valid JSON.
-        config = json.loads(own.to_json_string(use_diff=False))
-        # transformers drops keys that it has no use for and mlx-lm reads.
-        source = read_json(origin / CONFIG) if origin else {}
-        kept = {k: v for k, v in source.items() if k not in _RESPELLED}
-        config = {**kept, **config}
-        for alias, name in getattr(own, "attribute_map", {}).items():
-            if name in config:
-                config.setdefault(alias, config[name])
-    for key in ("_name_or_path", "quantization", "quantization_config"):
-        config.pop(key, None)
-    _spell_as_version_4(config)
-    formats = {
-        entry.name.removesuffix(".weight"): (entry.bits, entry.group_size)
-        for entry in entries
-        if entry.bits is not None
-    }
-    if formats:
-        quantization = _quantization(formats)
-        config["quantization"] = config["quantization_config"] = quantization
-    return dict(sorted(config.items()))
-
-
-# Later kinds have no old spelling, and transformers does not take one for them.
-_ROPE_TYPES_OF_VERSION_4 = ("linear", "dynamic", "yarn", "longrope", "llama3")
-
-# Keys of transformers 4 that the current configuration spells in another way.
-_RESPELLED = (
-    "rope_theta",
-    "rope_scaling",
-    "rope_local_base_freq",
-    "partial_rotary_factor",
-    "torch_dtype",
-    "auto_map",
-)
-
-
-def _quantization(formats: dict[str, Any]) -> dict[str, Any]:
-    """mlx-lm's object: the most common format, and the modules that differ from it."""
-
-    def spelled(form: tuple[int, int]) -> dict[str, Any]:
-        return {"bits": form[0], "group_size": form[1], "mode": "affine"}
-
-    common = Counter(formats.values()).most_common(1)[0][0]
-    others = {n: spelled(form) for n, form in formats.items() if form != common}
-    return {**spelled(common), **others}
-
-
-def _spell_as_version_4(config: dict[str, Any]) -> None:
-    """Add the keys that transformers 5 renamed and mlx-lm reads by their old name.
-
-    mlx-lm's Llama takes a missing ``rope_theta`` for 10000 without a word.
-    """
-    for nested in config.values():
-        if isinstance(nested, dict) and "model_type" in nested:
-            _spell_as_version_4(nested)
-    if "dtype" in config:
-        config.setdefault("torch_dtype", config["dtype"])
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, dict):
-        return
-    if isinstance(rope.get("sliding_attention"), dict):
-        local = rope["sliding_attention"].get("rope_theta")
-        if local is not None:
-            config.setdefault("rope_local_base_freq", local)
-    if isinstance(rope.get("full_attention"), dict):
-        rope = rope["full_attention"]
-    for key in ("rope_theta", "partial_rotary_factor"):
-        if key in rope:
-            config.setdefault(key, rope[key])
-    kind = rope.get("rope_type")
-    if kind in _ROPE_TYPES_OF_VERSION_4:
-        scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
-        config.setdefault("rope_scaling", {**scaling, "type": kind})
-
-
-def _write_companions(
-    model: nn.Module, folder: Path, tokenizer: Any, report: SaveReport
-) -> None:
-    """Generation configuration, tokenizer and model card."""
-    generation = getattr(model, "generation_config", None)
-    if generation is not None:
-        generation.save_pretrained(folder)
-    if hasattr(tokenizer, "save_pretrained"):
-        tokenizer.save_pretrained(folder)
-    elif tokenizer:
-        source = fetch(tokenizer)
-        for pattern in _TOKENIZER_FILES:
-            for path in source.glob(pattern):
-                shutil.copyfile(path, folder / path.name)
-    report.tokenizer = any((folder / n).exists() for n in _TOKENIZER_FILES[:3])
-    card = ModelCardData(
-        library_name="mlx",
-        pipeline_tag="text-generation" if generation is not None else None,
-        tags=["mlx", "affine-tensor"],
-        base_model=_repository(model),
-    )
-    ModelCard(f"---\n{card.to_yaml()}\n---\n").save(folder / "README.md")
-
-
-def _repository(model: nn.Module) -> str | None:
-    """The Hub repository that a transformers model came from, if any."""
-    name = str(getattr(getattr(model, "config", None), "name_or_path", ""))
-    return name if is_repository(name) and not Path(name).exists() else None
 
 
 def _move_into_place(beside: Path, folder: Path) -> None:
