@@ -28,9 +28,8 @@ OPS: dict[Any, Handler] = {}
 FALLBACK = "fallback"
 
 FROZEN = (
-    "A packed weight cannot be trained or changed in place. To train adapters use "
-    "prepare_for_lora(model), to change the weights themselves dequantize_(model) or, "
-    "after training adapters, merge_to_dense(model)"
+    "A packed weight cannot be trained or changed in place. Train adapters beside it, or "
+    "make it dense with dequantize_(model)"
 )
 
 

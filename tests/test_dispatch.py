@@ -940,9 +940,8 @@ def test_writing_names_what_to_call_instead() -> None:
         wrapped(str(error.value)),
         """\
 aten.add_.Tensor on a packed weight: A packed weight cannot be trained or
-  changed in place. To train adapters use prepare_for_lora(model), to change
-  the weights themselves dequantize_(model) or, after training adapters,
-  merge_to_dense(model)""",
+  changed in place. Train adapters beside it, or make it dense with
+  dequantize_(model)""",
     )
 
 

@@ -559,14 +559,12 @@ def test_one_packed_weight_refuses_to_require_grad() -> None:
         """\
 requires_grad_(True) on AffineQuantizedTensor(shape=[6, 64], dtype=float32,
   bits=4, group_size=32, device='cpu'): A packed weight cannot be trained or
-  changed in place. To train adapters use prepare_for_lora(model), to change
-  the weights themselves dequantize_(model) or, after training adapters,
-  merge_to_dense(model)
+  changed in place. Train adapters beside it, or make it dense with
+  dequantize_(model)
 requires_grad = True on AffineQuantizedTensor(shape=[6, 64], dtype=float32,
   bits=4, group_size=32, device='cpu'): A packed weight cannot be trained or
-  changed in place. To train adapters use prepare_for_lora(model), to change
-  the weights themselves dequantize_(model) or, after training adapters,
-  merge_to_dense(model)""",
+  changed in place. Train adapters beside it, or make it dense with
+  dequantize_(model)""",
     )
     assert weight.requires_grad_(False) is weight
     weight.requires_grad = False
@@ -589,9 +587,7 @@ def test_a_model_freezes_and_unfreezes_what_is_dense(
         wrapped(record.getMessage()),
         """\
 Packed weights stay frozen: A packed weight cannot be trained or changed in
-  place. To train adapters use prepare_for_lora(model), to change the
-  weights themselves dequantize_(model) or, after training adapters,
-  merge_to_dense(model)""",
+  place. Train adapters beside it, or make it dense with dequantize_(model)""",
     )
 
 
