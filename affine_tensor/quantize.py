@@ -125,7 +125,9 @@ def quantize_(
                 slot.parameter, own.bits, own.group_size
             )
         except ValueError as error:
-            raise ValueError(f"{slot.name}: {error}") from error
+            raise ValueError(
+                f"{slot.name}: {error} (filter_fn leaves it dense by returning False)"
+            ) from error
         packed.append(nn.Parameter(weight, requires_grad=False))
     for (slot, _), parameter in zip(chosen, packed, strict=True):
         slot.put(parameter)
