@@ -402,7 +402,7 @@ def _linear_fast(input: Any, weight: Any, bias: Any = None) -> Tensor | None:
     )
 
 
-def _set_data(tensor: Tensor, value: Tensor) -> None:
+def _set_data(tensor: AffineQuantizedTensor, value: Tensor) -> None:
     """``weight.data = value``: torch alone would exchange the shell and keep the parts.
 
     Only another packed weight can be put in. (Into a plain tensor torch puts a packed
