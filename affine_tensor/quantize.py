@@ -165,8 +165,8 @@ def _choose(
             )
         weight = module._parameters.get("weight")
         if weight is None:
-            if answer:
-                report.skipped[name] = "its weight is computed, not a parameter"
+            computed = "its weight is computed, not a parameter"
+            report.skipped[name] = computed if answer else _FILTERED
         else:
             answers.setdefault(id(weight), []).append((name, answer))
     for key, asked in answers.items():
