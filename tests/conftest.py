@@ -13,6 +13,9 @@ from torch import Tensor
 import affine_tensor.tensor
 from affine_tensor import AffineQuantizedTensor
 
+# The shapes here are small: more threads only wait for each other.
+torch.set_num_threads(1)
+
 
 def make(
     *shape: int,

@@ -297,7 +297,7 @@ def test_a_weight_that_is_written_to_is_seen() -> None:
 # ---- transformers ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["grad", "inference"])
 def test_a_whole_llama_compiles_as_one_graph(mode: str) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
