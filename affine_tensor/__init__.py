@@ -7,6 +7,7 @@ from .checkpoint.save import SaveReport, save_checkpoint
 from .hf import from_pretrained
 from .quantize import AffineConfig, dequantize_, footprint, quantize_
 from .tensor import AffineQuantizedTensor
+from .tensor import _rebuild as _rebuild  # by this name pickles find it
 
 __version__ = "0.1.0"
 

@@ -509,6 +509,6 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# Pickles name the class by the package, so that files outlive a move of this module.
-AffineQuantizedTensor.__module__ = "affine_tensor"
+# Pickles name both by the package, so that files outlive a move of this module.
+AffineQuantizedTensor.__module__ = _rebuild.__module__ = "affine_tensor"
 torch.serialization.add_safe_globals([AffineQuantizedTensor, _rebuild])

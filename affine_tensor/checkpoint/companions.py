@@ -138,7 +138,9 @@ def write_companions(model: nn.Module, folder: Path, tokenizer: Any) -> bool:
     """
     generation = getattr(model, "generation_config", None)
     if generation is not None:
-        generation.save_pretrained(folder)
+        # Not save_pretrained, which refuses settings that contradict each other, as those
+        # of many published models do.
+        generation.to_json_file(folder / "generation_config.json")
     if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(folder)
     elif tokenizer:
