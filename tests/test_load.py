@@ -914,7 +914,7 @@ def test_a_failure_in_the_middle_of_reading_changes_nothing(
         calls.clear()
         with pytest.raises(type(error)):
             load_checkpoint_(model, tmp_path)
-        assert len(calls) == works + 1
+        assert len(calls) > works  # other threads may have read on meanwhile
         assert state(model) == before
     calls.clear()
     works = len(tensors)
