@@ -301,7 +301,8 @@ def _exact_in_float32(scale: Tensor, bias: Tensor, bits: int) -> bool:
     # The last place of x is more than x * eps / 2; another factor of 2 covers the
     # rounding of the ratio.
     longest = 2**24 * torch.finfo(scale.dtype).eps / 4
-    low, high = (bias / scale).abs_().aminmax()
+    # A bias of zero is exact with any scale, and common: rows of padding have it.
+    low, high = (bias / scale).abs_().masked_fill_(bias == 0, 1.0).aminmax()
     near = float(low) > levels / longest and float(high) < longest - levels
     return near and float(scale.abs().amax()) < 2.0**100  # far from overflow
 
@@ -452,6 +453,11 @@ def _refuse_group(group: Tensor, place: list[int], columns: slice) -> None:
         f"{float(group.min()):g} and {float(group.max()):g}, too far apart for a scale "
         f"in {join([group.dtype])} ({torch.finfo(group.dtype).max:g} at most). {cures}"
     )
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """A dtype as people write it: ``float16``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def join(values: Iterable[object], separator: str = ", ") -> str:
