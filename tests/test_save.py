@@ -18,6 +18,7 @@ import pytest
 import torch
 from architectures import (
     CASES,
+    COMMON,
     TOLERANCE,
     Case,
     _write_dense_checkpoint,
@@ -772,6 +773,74 @@ def test_modes_are_those_of_the_user(umask: int, tmp_path: Path) -> None:
     assert mode(tmp_path / "mlx") == 0o777 & ~umask
     assert mode(tmp_path / "private") == 0o700
     assert {mode(p) for p in (tmp_path / "mlx").iterdir()} == {0o666 & ~umask}
+
+
+# ---- the dtype in the configuration ----------------------------------------------
+
+
+def written_dtype(folder: Path) -> torch.dtype:
+    """What config.json names, in both spellings, and from_pretrained gives back."""
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"]
+    again = from_pretrained(folder)
+    assert again.dtype == getattr(torch, config["dtype"])
+    assert {p.dtype for p in again.parameters()} == {again.dtype}
+    return again.dtype
+
+
+def test_the_configuration_of_a_model_that_was_cast(tmp_path: Path) -> None:
+    model = stock_model(LLAMA, tmp_path / "dense", torch.bfloat16)
+    quantize_(model)
+    model.float()
+    save_checkpoint(model, tmp_path / "mlx")
+    assert written_dtype(tmp_path / "mlx") == torch.float32
+    loaded = from_pretrained(tmp_path / "mlx", dtype=torch.bfloat16)
+    save_checkpoint(loaded.float(), tmp_path / "again")
+    assert written_dtype(tmp_path / "again") == torch.float32
+    save_checkpoint(model.double(), tmp_path / "wide")
+    assert written_dtype(tmp_path / "wide") == torch.float32
+
+
+def test_the_configuration_of_a_model_made_in_code(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("llama", **COMMON)
+    model = AutoModelForCausalLM.from_config(config).half()
+    # Nothing packed: it is the model's own, whatever scales would have been.
+    save_checkpoint(model, tmp_path / "dense", dtype=torch.bfloat16)
+    text = json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert text["dtype"] == text["torch_dtype"] == "float16"
+    quantize_(model)
+    save_checkpoint(model, tmp_path / "mlx")
+    assert written_dtype(tmp_path / "mlx") == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scales", "want"),
+    [
+        (None, torch.bfloat16, torch.bfloat16),
+        ("keep", torch.float32, torch.bfloat16),
+        (torch.float16, torch.float16, torch.float16),
+    ],
+    ids=str,
+)
+def test_the_configuration_names_what_is_written(
+    dtype: Any, scales: torch.dtype, want: torch.dtype, tmp_path: Path
+) -> None:
+    model = stock_model(LLAMA, tmp_path / "dense")
+    quantize_(model)
+    model.to(torch.bfloat16)
+    save_checkpoint(model, tmp_path / "mlx", dtype=dtype)
+    tensors = stored(tmp_path / "mlx")
+    assert {t.dtype for n, t in tensors.items() if n.endswith("scales")} == {scales}
+    assert written_dtype(tmp_path / "mlx") == want
+
+
+def test_the_configurations_within_a_configuration_agree(tmp_path: Path) -> None:
+    model = small_model().half()
+    model.config = AutoConfig.for_model("gemma3")
+    save_checkpoint(model, tmp_path / "mlx")
+    config = json.loads((tmp_path / "mlx" / "config.json").read_text())
+    parts = [config, config["text_config"], config["vision_config"]]
+    assert [part["dtype"] for part in parts] == ["float16"] * 3
 
 
 # ---- what goes along -------------------------------------------------------------

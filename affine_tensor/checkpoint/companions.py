@@ -8,9 +8,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
+from .. import layout
 from .files import CONFIG, fetch, is_repository, read_json
 
 # What goes along from the folder that a model came from.
@@ -50,11 +52,15 @@ def origin_of(model: nn.Module) -> Path | None:
 
 
 def mlx_config(
-    model: nn.Module, formats: dict[str, tuple[int, int]], origin: Path | None
+    model: nn.Module,
+    formats: dict[str, tuple[int, int]],
+    dtype: torch.dtype,
+    origin: Path | None,
 ) -> dict[str, Any]:
     """config.json: the model's own, in both spellings, with the quantization.
 
-    `formats` gives bits and group size of each quantized module.
+    `formats` gives bits and group size of each quantized module, `dtype` is what the
+    model that is written computes in.
     """
     own: Any = getattr(model, "config", None)
     config: dict[str, Any] = {}
@@ -68,6 +74,10 @@ def mlx_config(
         for alias, name in getattr(own, "attribute_map", {}).items():
             if name in config:
                 config.setdefault(alias, config[name])
+        # The model may have been cast since its configuration was made.
+        name = layout.join((dtype,))
+        for part in (config, *_nested(config)):
+            part["dtype"] = part["torch_dtype"] = name
     for key in ("_name_or_path", "quantization", "quantization_config"):
         config.pop(key, None)
     _spell_as_version_4(config)
@@ -102,16 +112,19 @@ def _quantization(formats: dict[str, tuple[int, int]]) -> dict[str, Any]:
     return {**spelled(common), **others}
 
 
+def _nested(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The configurations within a configuration: text_config, for one."""
+    values = [value for value in config.values() if isinstance(value, dict)]
+    return [value for value in values if "model_type" in value]
+
+
 def _spell_as_version_4(config: dict[str, Any]) -> None:
     """Add the keys that transformers 5 renamed and mlx-lm reads by their old name.
 
     mlx-lm's Llama takes a missing ``rope_theta`` for 10000 without a word.
     """
-    for nested in config.values():
-        if isinstance(nested, dict) and "model_type" in nested:
-            _spell_as_version_4(nested)
-    if "dtype" in config:
-        config.setdefault("torch_dtype", config["dtype"])
+    for nested in _nested(config):
+        _spell_as_version_4(nested)
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict):
         return

@@ -101,7 +101,8 @@ def save_checkpoint(
     folder = Path(folder).expanduser()
     _check_free(folder, overwrite)
     report = SaveReport(folder)
-    entries = _entries(model, _scale_dtype(model, dtype), unsupported, report)
+    scales = _scale_dtype(model, dtype)
+    entries = _entries(model, scales, unsupported, report)
     place = folder.resolve()  # behind a link, and with a name where it is "."
     beside = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}")
     beside.mkdir(parents=True)
@@ -113,7 +114,8 @@ def save_checkpoint(
             for entry in entries
             if entry.bits is not None and entry.group_size is not None
         }
-        write_json(beside / CONFIG, mlx_config(model, formats, origin))
+        counts_as = (_packed(model) and scales) or _model_dtype(model)
+        write_json(beside / CONFIG, mlx_config(model, formats, counts_as, origin))
         report.tokenizer = write_companions(model, beside, tokenizer or origin)
         report.files = sorted(path.name for path in beside.iterdir())
         _move_into_place(beside, place)
@@ -166,6 +168,15 @@ def _scale_dtype(
         return dtype
     counted = Counter(weight._dtype for weight in _packed(model)).most_common(1)
     return _storable(counted[0][0]) if counted else None
+
+
+def _model_dtype(model: nn.Module) -> torch.dtype:
+    """What the model computes in, as far as it can be stored."""
+    own = getattr(model, "dtype", None)
+    if not isinstance(own, torch.dtype):
+        floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
+        own = Counter(floats or [torch.float32]).most_common(1)[0][0]
+    return _storable(own)
 
 
 def _storable(dtype: torch.dtype) -> torch.dtype:
