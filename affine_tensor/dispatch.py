@@ -3,8 +3,8 @@
 A handler takes ``(func, args, kwargs)`` as `__torch_dispatch__` gets them. Dimensions
 are those of the tensor as it is shown; `_stored` maps them to those of the parts, which
 differ where the tensor is transposed. Operators that are not here dequantize, say so
-once in the log, and run on the dense weight; those that write into a packed weight
-raise.
+once in the log, and run on the dense weight (of a view too, which is then a copy); those
+that write into a packed weight raise.
 """
 
 from __future__ import annotations
@@ -59,11 +59,10 @@ def _fallback(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
             f"{func} does not know packed weights. Give it weight.dequantize()"
         )
     _refuse_to_write(func, args, kwargs)
-    log_once(
-        str(func),
-        "%s dequantizes a packed weight on each call: it has no kernel for one",
-        func,
-    )
+    text = "%s dequantizes a packed weight on each call: it has no kernel for one"
+    if func.is_view:
+        text += ". What it gives is a copy: writing to it changes no weight"
+    log_once(str(func), text, func)
     with _as_view(args[0]) if func.is_view else nullcontext():
         args, kwargs = tree_map_only(
             AffineQuantizedTensor, lambda weight: weight.dequantize(), (args, kwargs)
@@ -150,6 +149,8 @@ def _addmm(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return _linear(left, *parts, added, **_format(right))
     product = _mm(aten.mm.default, (left, right), {})
     added = _fitting(added, product)
+    if alpha == 0:  # as in BLAS, the product is then ignored, infinities included
+        return (added * beta).expand_as(product).clone()
     if alpha != 1:
         product = product * alpha
     if beta == 0:  # as in BLAS, what is added is then ignored, NaN included
@@ -178,6 +179,9 @@ def _bmm(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         )
     # One expert at a time: all of them dense could be larger than memory.
     pairs = zip(left.unbind(0), right.unbind(0), strict=True)
+    if left.shape[0] == 0:
+        dense = right if _is_packed(left) else left
+        return dense.new_empty((0, left.shape[1], right.shape[2]))
     return torch.stack([_mm(aten.mm.default, pair, {}) for pair in pairs])
 
 
@@ -308,7 +312,9 @@ def _check_same_format(
     orders = [
         part for part in (target.permutation, source.permutation) if part is not None
     ]
-    if orders and target._is_view() and not torch.equal(*orders):
+    # Not target._is_view(), which is False for views made in inference mode.
+    covers = target._packed.untyped_storage().nbytes() == target._packed.nbytes
+    if orders and not covers and not torch.equal(*orders):
         raise RuntimeError(
             f"copy_ of {source!r} into a view of a packed weight: their permutations "
             "differ, and other rows of that weight use the same one. Replace the whole "
@@ -334,7 +340,16 @@ def _empty_like(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if dtype not in layout.LOGICAL_DTYPES:
         return _dense(func, args, kwargs)
     options = {k: kwargs[k] for k in ("device", "pin_memory") if k in kwargs}
-    return weight._map(lambda part: torch.empty_like(part, **options), dtype=dtype)
+
+    def in_order(permutation: Tensor) -> Tensor:
+        # Uninitialized, it would lead out of the row.
+        device = options.get("device") or permutation.device
+        columns = torch.arange(permutation.shape[-1], dtype=torch.int32, device=device)
+        return columns.expand(permutation.shape).contiguous()
+
+    return weight._map(
+        lambda part: torch.empty_like(part, **options), in_order, dtype=dtype
+    )
 
 
 @implements(aten.equal.default)
@@ -378,6 +393,13 @@ def _view(
     """`_map` for operators that return views."""
     with _as_view(weight):
         return weight._map(part, permutation, **changes)
+
+
+def _new_axis(rank: int, dim: int) -> int:
+    """Where a new dimension goes, counted from 0, in a tensor of `rank` dimensions."""
+    if not -rank - 1 <= dim <= rank:
+        raise IndexError(f"a new dimension {dim} is out of range for {rank} dimensions")
+    return dim % (rank + 1)
 
 
 def _axis(weight: Tensor, dim: int) -> int:
@@ -528,7 +550,7 @@ def _select_view(weight: AffineQuantizedTensor, dim: int, index: int) -> Tensor:
 def _unsqueeze(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     weight, dim = args[:2]
     rank = weight.dim()
-    dim = dim % (rank + 1)
+    dim = _new_axis(rank, dim)
     if dim > max(rank - 2, 0):
         return _dense(func, args, kwargs)
     permutation = None if rank > 1 else _keep
@@ -633,7 +655,7 @@ def _take_rows(
     own = dim < weight.dim() - 2
     return weight._map(
         lambda part: part.index_select(dim, index),
-        (lambda order: order.index_select(dim, index)) if own else _keep,
+        (lambda order: order.index_select(dim, index)) if own else torch.clone,
     )
 
 
@@ -650,7 +672,7 @@ def _index(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return _dense(func, args, kwargs)
     if index.dtype in (torch.bool, torch.uint8) and index.dim() != 1:
         return _dense(func, args, kwargs)
-    return weight._map(lambda part: part[index], _keep if rows else None)
+    return weight._map(lambda part: part[index], torch.clone if rows else None)
 
 
 @implements(aten.cat.default)
@@ -670,7 +692,7 @@ def _cat(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 def _stack(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     weights, dim = _arguments(func, args, kwargs)
     rank = weights[0].dim()
-    stored = dim % (rank + 1)
+    stored = _new_axis(rank, dim)
     if not _alike(weights) or rank < 2 or stored > rank - 2:
         return _dense(func, args, kwargs)
     return _joined(weights, lambda parts: torch.stack(parts, stored), True)
@@ -691,11 +713,12 @@ def _joined(
 ) -> Any:
     """The parts joined; permutations too, or equal where the weights share one."""
     first = weights[0]
-    permutation = first.permutation
+    # A copy: writing into the result must not reach the permutation of its origin.
+    permutation = None if first.permutation is None else first.permutation.clone()
     orders = [w.permutation for w in weights if w.permutation is not None]
     if orders and own:
         permutation = join(orders)
-    elif any(o is not permutation and not torch.equal(o, orders[0]) for o in orders):
+    elif any(o is not orders[0] and not torch.equal(o, orders[0]) for o in orders):
         raise ValueError(
             "weights with different permutations cannot be joined along their rows; "
             "dequantize() them first"

@@ -186,12 +186,15 @@ def _matmul(
     _check_input(x, packed.shape[0], dtype, "matmul")
     # What several blocks add up to is kept in float32 at least, and rounded once.
     sums = torch.promote_types(dtype, torch.float32)
-    y = x.new_zeros((*x.shape[:-1], scales.shape[-1] * group_size), dtype=sums)
+    y: Tensor | None = None
     for rows, weight in _blocks(packed, scales, biases, bits, group_size, dtype):
         if len(weight) == len(packed):
             y = x @ weight
         else:
-            y += x[..., rows].to(sums) @ weight.to(sums)
+            part = x[..., rows].to(sums) @ weight.to(sums)
+            y = part if y is None else y.add_(part)
+    if y is None:  # no rows
+        y = x.new_zeros((*x.shape[:-1], scales.shape[-1] * group_size))
     y = y.to(dtype)
     if permutation is None:
         return y
@@ -412,6 +415,16 @@ def _check_groups(
             f"{op} takes x of two dimensions, packed [E, N, W] and one of offsets, "
             f"indices; x is {list(x.shape)}, packed {list(packed.shape)}"
         )
+    if offsets is not None and offsets.shape != (len(packed),):
+        raise ValueError(
+            f"{op}: offsets are {list(offsets.shape)}; one end for each of the "
+            f"{len(packed)} experts is needed"
+        )
+    if indices is not None and indices.shape != (len(x),):
+        raise ValueError(
+            f"{op}: indices are {list(indices.shape)}; one expert for each of the "
+            f"{len(x)} rows is needed"
+        )
 
 
 def _check_matrix(packed: Tensor, op: str) -> None:
@@ -423,10 +436,13 @@ def _check_matrix(packed: Tensor, op: str) -> None:
 
 def _check_input(x: Tensor, columns: int, dtype: torch.dtype, op: str) -> None:
     if x.dtype != dtype:
+        other = (
+            f" or weight.to({x.dtype}), which keeps the packed data, or use autocast"
+        )
         raise RuntimeError(
             f"{op}: the input is {x.dtype} and the quantized weight counts as {dtype}; "
-            f"they must agree. Convert one: x.to({dtype}) or weight.to({x.dtype}), "
-            "which keeps the packed data, or use autocast"
+            f"they must agree. Convert x.to({dtype})"
+            + (other if x.dtype in layout.LOGICAL_DTYPES else "")
         )
     if x.dim() == 0 or x.shape[-1] != columns:
         raise RuntimeError(

@@ -223,13 +223,22 @@ def _misfit(slot: Slot, config: AffineConfig) -> str | None:
     )
 
 
-def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+def dequantize_(
+    model: nn.Module, dtype: torch.dtype | None = None, *, progress: bool = True
+) -> None:
     """Make every packed parameter of a model dense again, in place.
 
     They take `dtype`, or the dtype that each counted as; ties survive. They stay frozen:
     call ``model.requires_grad_(True)`` to train them.
     """
-    for slot in slots(model).values():
+    for slot in tqdm(
+        slots(model).values(),
+        "dequantizing",
+        unit="weight",
+        delay=2,
+        leave=False,
+        disable=not progress,
+    ):
         if isinstance(slot.parameter, AffineQuantizedTensor):
             dense = slot.parameter.dequantize(dtype).contiguous()
             slot.put(nn.Parameter(dense, requires_grad=False))
@@ -278,7 +287,7 @@ class Footprint:
 
     def __str__(self) -> str:
         table = [("module", "count", "shape", "bits", "group", "bytes", "bits/weight")]
-        for rows in _alike(self.rows):
+        for rows in _rows_alike(self.rows):
             first = rows[0]
             name = " = ".join((first.name, *first.tied))
             table.append(
@@ -333,7 +342,7 @@ def _pattern(name: str) -> str:
     return re.sub(r"(?<![^. ])\d+(?=\.)", "*", name)
 
 
-def _alike(rows: tuple[FootprintRow, ...]) -> Iterable[list[FootprintRow]]:
+def _rows_alike(rows: tuple[FootprintRow, ...]) -> Iterable[list[FootprintRow]]:
     groups: dict[tuple, list[FootprintRow]] = {}
     for row in rows:
         key = (_pattern(row.name), row.shape, row.bits, row.group_size, row.bytes)

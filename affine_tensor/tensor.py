@@ -47,6 +47,7 @@ class AffineQuantizedTensor(torch.Tensor):
     """A weight ``[..., N, K]`` kept as packed codes: ``w = code * scale + bias``.
 
     It stands in for a float tensor of shape ``[..., N, K]`` and dtype `dtype`, frozen.
+    ``.to(dtype)`` shares the parts, as ``detach()`` does: `copy_` into one writes to both.
     Make one with `from_dense` or `from_packed`.
 
     Attributes:
@@ -204,13 +205,13 @@ class AffineQuantizedTensor(torch.Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         fields: dict[str, object] = {
             "shape": list(self.shape),
-            "dtype": _short(self._dtype),
+            "dtype": layout.name_of(self._dtype),
             "bits": self.bits,
             "group_size": self.group_size,
             "device": f"'{self.device}'",
         }
         if self.scales.dtype != self._dtype:
-            fields["scales"] = _short(self.scales.dtype)
+            fields["scales"] = layout.name_of(self.scales.dtype)
         if self.transposed:
             fields["transposed"] = True
         if self.permutation is not None:
@@ -439,8 +440,10 @@ def _set_item(tensor: Tensor, index: Any, value: Any) -> None:
 
 
 def _refuse(tensor: Tensor, *others: Any) -> None:
-    """Methods that read the memory behind a tensor: there is none."""
-    raise NotImplementedError(f"apply_ or map2_ on {_describe(tensor)}: {FROZEN}")
+    """Methods that write to the memory behind a tensor, or to a view of their own."""
+    raise NotImplementedError(
+        f"apply_, map2_ or fill_diagonal_ on {_describe(tensor)}: {FROZEN}"
+    )
 
 
 # Each access of a descriptor's method makes a new object; they hash and compare equal.
@@ -450,6 +453,7 @@ _SETTERS: dict[Any, Callable[..., None]] = {
     torch.Tensor.__setitem__: _set_item,
     torch.Tensor.apply_: _refuse,
     torch.Tensor.map2_: _refuse,
+    torch.Tensor.fill_diagonal_: _refuse,
 }
 
 
@@ -501,12 +505,8 @@ def _describe(tensor: object) -> str:
     if isinstance(tensor, AffineQuantizedTensor):
         return repr(tensor)
     if isinstance(tensor, Tensor):
-        return f"a {_short(tensor.dtype)} tensor of shape {list(tensor.shape)}"
+        return f"a {layout.name_of(tensor.dtype)} tensor of shape {list(tensor.shape)}"
     return repr(tensor)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # Pickles name both by the package, so that files outlive a move of this module.

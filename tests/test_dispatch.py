@@ -1020,3 +1020,116 @@ def test_memory_that_is_not_there_is_not_lent(read: Callable[[Any], Any]) -> Non
     for method in ("numpy", "tolist"):
         with pytest.raises(RuntimeError, match="not supported for tensor subclasses"):
             getattr(make(6, 128), method)()
+
+
+# ---- what is written stays where it belongs --------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "gather",
+    [
+        lambda w: w[torch.tensor([0, 1, 2, 3, 4, 5])],
+        lambda w: w.index_select(0, torch.arange(6)),
+        lambda w: torch.cat([w[:3], w[3:]]),
+    ],
+    ids=["index", "index_select", "cat"],
+)
+def test_gathered_rows_have_a_permutation_of_their_own(
+    gather: Callable[[Tensor], Tensor], mode: str
+) -> None:
+    weight, other = (make(6, 128, permuted=True, seed=seed) for seed in (0, 1))
+    before = weight.dequantize()
+    with MODES[mode]():
+        rows = gather(weight)
+        rows.copy_(other)
+        assert torch.equal(rows.dequantize(), other.dequantize())
+    assert torch.equal(weight.dequantize(), before)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_some_rows_cannot_take_another_permutation(mode: str) -> None:
+    weight, other = (make(6, 128, permuted=True, seed=seed) for seed in (0, 1))
+    before = weight.dequantize()
+    with MODES[mode](), pytest.raises(RuntimeError, match="their permutations differ"):
+        weight[0:2].copy_(other[0:2])
+    assert torch.equal(weight.dequantize(), before)
+
+
+def test_an_empty_weight_has_a_permutation_that_stays_within_its_rows() -> None:
+    for weight in (make(6, 128, permuted=True), make(3, 6, 128, permuted=True)):
+        empty = torch.empty_like(weight)
+        assert empty.permutation is not None
+        order = torch.arange(128, dtype=torch.int32).expand_as(empty.permutation)
+        assert torch.equal(empty.permutation, order)
+        dense = randn(*weight.shape)
+        empty.copy_(dense)
+        expected = AffineQuantizedTensor.from_dense(dense, 4, 32)
+        assert torch.equal(empty.dequantize(), expected.dequantize())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fill_diagonal_is_refused(mode: str) -> None:
+    weight = make(6, 128)
+    before = weight.dequantize()
+    with MODES[mode](), pytest.raises(NotImplementedError, match="fill_diagonal_"):
+        weight.fill_diagonal_(0)
+    assert torch.equal(weight.dequantize(), before)
+
+
+def test_the_log_says_that_a_dense_view_is_a_copy(fallbacks: list[str]) -> None:
+    make(6, 128)[:, 3]
+    (line,) = fallbacks
+    assert line.startswith("aten.select.int dequantizes a packed weight")
+    assert line.endswith("What it gives is a copy: writing to it changes no weight")
+
+
+# ---- edges -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", "EeM")
+@pytest.mark.parametrize("dim", [4, 9, -5, -7])
+def test_new_dimensions_out_of_range_are_refused_as_by_torch(
+    kind: str, dim: int
+) -> None:
+    weight = WEIGHTS[kind]()
+    for call in (lambda w: w.unsqueeze(dim), lambda w: torch.stack([w, w], dim)):
+        with pytest.raises(IndexError):
+            call(weight.dequantize())
+        with pytest.raises(IndexError):
+            call(weight)
+
+
+def test_bmm_of_no_experts() -> None:
+    weight = make(3, 6, 128)[:0]
+    x = randn(0, 5, 128)
+    assert_same(torch.bmm(x, weight.mT), torch.bmm(x, weight.dequantize().mT))
+    y = randn(0, 128, 4)
+    assert_same(torch.bmm(weight, y), torch.bmm(weight.dequantize(), y))
+
+
+def test_addmm_with_alpha_zero_ignores_the_product() -> None:
+    weight, x = make(6, 128), torch.full((5, 128), torch.inf)
+    for added in (randn(6), randn(5, 6)):
+        got = torch.addmm(added, x, weight.t(), alpha=0, beta=2)
+        assert_same(
+            got, torch.addmm(added, x, weight.dequantize().t(), alpha=0, beta=2)
+        )
+
+
+def test_grouped_products_need_an_end_for_each_expert() -> None:
+    weight = make(3, 6, 128)
+    offsets = torch.tensor([2, 4], dtype=torch.int32)
+    with pytest.raises(ValueError, match="one end for each of the 3 experts"):
+        torch._grouped_mm(randn(4, 128), weight.mT, offs=offsets)
+    with pytest.raises(ValueError, match="one expert for each of the 4 rows"):
+        torch.ops.affine_tensor.grouped_linear(
+            randn(4, 128),
+            weight._packed,
+            weight.scales,
+            weight.biases,
+            indices=torch.tensor([0, 1]),
+            bits=4,
+            group_size=32,
+            dtype=torch.float32,
+        )

@@ -249,7 +249,7 @@ def test_refusals_say_what_was_seen_and_what_to_do() -> None:
         wrapped("\n".join(messages)),
         """\
 linear: the input is torch.float16 and the quantized weight counts as
-  torch.float32; they must agree. Convert one: x.to(torch.float32) or
+  torch.float32; they must agree. Convert x.to(torch.float32) or
   weight.to(torch.float16), which keeps the packed data, or use autocast
 linear: the input has shape [5, 32]; its last dimension must be 64
 matmul: the input has shape []; its last dimension must be 6
