@@ -218,6 +218,41 @@ def test_a_tied_weight_is_written_once(tmp_path: Path) -> None:
     assert not [name for name in stored(tmp_path / "mlx") if "lm_head" in name]
 
 
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "dense"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_what_the_model_ties_counts_and_not_its_configuration(
+    tied: bool, packed: bool, tmp_path: Path
+) -> None:
+    model = stock_model(LLAMA if tied else TIED, tmp_path / "dense")
+    assert model.config.tie_word_embeddings is not tied
+    head, embedding = model.lm_head, model.model.embed_tokens
+    if tied:
+        head.weight = embedding.weight
+    else:
+        head.weight = nn.Parameter(head.weight.detach().flip(0))
+    quantize_(model, None, lambda module, name: packed or "mlp" in name)
+    save_checkpoint(model, tmp_path / "mlx")
+    config = json.loads((tmp_path / "mlx" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is tied
+    again = assert_speaks(tmp_path / "mlx", logits(model))
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) is tied
+    assert isinstance(again.lm_head.weight, AffineQuantizedTensor) is packed
+
+
+def test_ties_in_a_configuration_within_a_configuration(tmp_path: Path) -> None:
+    text = AutoConfig.for_model("gemma3_text", **COMMON)
+    model = AutoModelForCausalLM.from_config(text)
+    model.config = AutoConfig.for_model("gemma3", text_config=text.to_dict())
+    head = model.lm_head
+    for tied in (True, False):
+        if not tied:
+            head.weight = nn.Parameter(head.weight.detach().clone())
+        save_checkpoint(model, tmp_path / str(tied))
+        config = json.loads((tmp_path / str(tied) / "config.json").read_text())
+        assert config["tie_word_embeddings"] is tied
+        assert config["text_config"]["tie_word_embeddings"] is tied
+
+
 def test_modules_left_dense(tmp_path: Path) -> None:
     model = stock_model(LLAMA, tmp_path / "dense")
     quantize_(model, None, lambda module, name: "mlp" in name)

@@ -74,10 +74,16 @@ def mlx_config(
         for alias, name in getattr(own, "attribute_map", {}).items():
             if name in config:
                 config.setdefault(alias, config[name])
-        # The model may have been cast since its configuration was made.
+        # The model may have been cast, tied or untied since its configuration was made.
         name = layout.join((dtype,))
         for part in (config, *_nested(config)):
             part["dtype"] = part["torch_dtype"] = name
+        tied = _ties_words(model)
+        if tied is not None:
+            config["tie_word_embeddings"] = tied
+            text = config.get("text_config") or {}
+            if "tie_word_embeddings" in text:
+                text["tie_word_embeddings"] = tied
     for key in ("_name_or_path", "quantization", "quantization_config"):
         config.pop(key, None)
     _spell_as_version_4(config)
@@ -110,6 +116,20 @@ def _quantization(formats: dict[str, tuple[int, int]]) -> dict[str, Any]:
     common = Counter(formats.values()).most_common(1)[0][0]
     others = {n: spelled(form) for n, form in formats.items() if form != common}
     return {**spelled(common), **others}
+
+
+def _ties_words(model: Any) -> bool | None:
+    """Whether the head has the weight of the input embedding; None without both."""
+    try:
+        weights = [
+            getattr(module, "weight", None)
+            for module in (model.get_input_embeddings(), model.get_output_embeddings())
+        ]
+    except (AttributeError, NotImplementedError):  # not every model has them
+        return None
+    if any(weight is None for weight in weights):
+        return None
+    return weights[0] is weights[1]
 
 
 def _nested(config: dict[str, Any]) -> list[dict[str, Any]]:
