@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +203,53 @@ def test_a_failure_leaves_torch_as_it_was(folder: Path) -> None:
         from_pretrained(folder, model_class=BrokenClass)
     assert nn.Module.register_parameter is register
     assert not nn.Linear(2, 2).weight.is_meta
+
+
+class WaitingClass:
+    """Builds a Llama, and then stays in the build until it is told to go on."""
+
+    inside = threading.Event()
+    go_on = threading.Event()
+
+    @classmethod
+    def from_config(cls, config: Any, **options: Any) -> nn.Module:
+        model = LlamaForCausalLM._from_config(config, **options)
+        cls.inside.set()
+        assert cls.go_on.wait(60)
+        assert nn.Linear(2, 2).weight.is_meta
+        return model
+
+
+def test_other_threads_make_real_parameters_meanwhile(folder: Path) -> None:
+    register = nn.Module.register_parameter
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(from_pretrained, folder, model_class=WaitingClass)
+        try:
+            assert WaitingClass.inside.wait(60)
+            assert not nn.Linear(2, 2).weight.is_meta
+            second = pool.submit(from_pretrained, folder, dtype="bfloat16")
+            assert not wait([second], timeout=1).done  # its turn comes
+        finally:
+            WaitingClass.go_on.set()
+        models = [first.result(60), second.result(60)]
+    assert [model.dtype for model in models] == [torch.float32, torch.bfloat16]
+    assert nn.Module.register_parameter is register
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_threads_that_load_at_once(folder: Path) -> None:
+    ids = torch.tensor([[1, 17, 42]])
+    dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float32] * 3
+    with torch.no_grad():
+        want = {d: from_pretrained(folder, dtype=d)(ids).logits for d in set(dtypes)}
+        with ThreadPoolExecutor(4) as pool:
+            models = list(pool.map(lambda d: from_pretrained(folder, dtype=d), dtypes))
+        for dtype, model in zip(dtypes, models, strict=True):
+            assert {p.dtype for p in model.parameters()} == {dtype}
+            assert not any(p.is_meta for p in model.parameters())
+            assert torch.equal(model(ids).logits, want[dtype])
+    assert not nn.Linear(2, 2).weight.is_meta
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_a_folder_without_a_configuration(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,25 +97,33 @@ def _one_device(device_map: str | torch.device | None) -> torch.device | None:
         ) from error
 
 
+# The build changes what all threads share: below, and transformers the default dtype.
+_building = threading.RLock()
+
+
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Modules made inside have parameters without memory, and real buffers.
+    """Modules that this thread makes inside have parameters without memory, and real
+    buffers. One thread is inside at a time; the others make modules as ever.
 
     A model made on the meta device as a whole would lose the values of its
     non-persistent buffers, such as the frequencies of rotary embeddings, which no
     checkpoint holds.
     """
-    register = nn.Module.register_parameter
+    with _building:
+        register = nn.Module.register_parameter
+        inside = threading.get_ident()
 
-    def register_on_meta(
-        module: nn.Module, name: str, parameter: nn.Parameter | None
-    ) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-        register(module, name, parameter)
+        def register_on_meta(
+            module: nn.Module, name: str, parameter: nn.Parameter | None
+        ) -> None:
+            mine = threading.get_ident() == inside
+            if mine and parameter is not None and not parameter.is_meta:
+                parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+            register(module, name, parameter)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore
+        nn.Module.register_parameter = register_on_meta  # type: ignore
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register  # type: ignore
