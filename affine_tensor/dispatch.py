@@ -352,6 +352,26 @@ def _empty_like(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     )
 
 
+@implements(
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.rand_like.default,
+    aten.randn_like.default,
+    aten.new_empty.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+)
+def _create(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """A dense tensor like this one: only shape, dtype and device matter."""
+    weight = args[0]
+    like = torch.empty_strided(
+        weight.shape, weight.stride(), dtype=weight._dtype, device=weight.device
+    )
+    return func(like, *args[1:], **kwargs)
+
+
 @implements(aten.equal.default)
 def _equal(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     left, right = args[:2]

@@ -1133,3 +1133,29 @@ def test_grouped_products_need_an_end_for_each_expert() -> None:
             group_size=32,
             dtype=torch.float32,
         )
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("mode", MODES)
+def test_new_tensors_are_made_without_dequantizing(
+    kind: str, mode: str, no_fallback: None
+) -> None:
+    weight = WEIGHTS[kind]()
+    like = weight.dequantize()
+    with MODES[mode]():
+        for call in (
+            torch.zeros_like,
+            lambda w: torch.ones_like(w, dtype=torch.int32),
+            lambda w: torch.full_like(w, 3.5),
+            lambda w: w.new_zeros(2, 3),
+            lambda w: w.new_ones(4, dtype=torch.bfloat16),
+            lambda w: w.new_full((2,), 7),
+        ):
+            got, want = call(weight), call(like)
+            assert_same(got, want)
+            assert not is_packed(got)
+        torch.manual_seed(3)
+        drawn = torch.randn_like(weight)
+        torch.manual_seed(3)
+        assert_same(drawn, torch.randn_like(like))
+        assert weight.new_empty(5).shape == (5,)
