@@ -107,6 +107,13 @@ def test_the_configuration(folder: Path) -> None:
 def test_keywords_that_nothing_knows_are_refused(folder: Path) -> None:
     with pytest.raises(TypeError, match=r"atn_implementation.*LlamaConfig"):
         from_pretrained(folder, atn_implementation="eager")
+    (folder / "part").mkdir()
+    shutil.copy(folder / "config.json", folder / "part")
+    with pytest.raises(TypeError, match=r"subfolder is not taken: .* one folder"):
+        from_pretrained(folder, subfolder="part")
+    for name in ("force_download", "proxies", "gguf_file"):
+        with pytest.raises(TypeError, match=f"{name} is not taken: "):
+            from_pretrained(folder, **{name: "x"})
 
 
 def test_the_dtype(folder: Path) -> None:
@@ -120,9 +127,31 @@ def test_the_dtype(folder: Path) -> None:
     edit_json(folder / "config.json", dtype="float16", torch_dtype="float16")
     assert from_pretrained(folder).dtype == torch.float16
     assert from_pretrained(folder, dtype="auto").dtype == torch.float16
-    for dtype in ("int7", torch.int8):
-        with pytest.raises(ValueError, match=r"int[78]"):
-            from_pretrained(folder, dtype=dtype)
+    assert from_pretrained(folder, dtype=None).dtype == torch.float16
+    for dtype in (torch.float64, "float64", "torch.float64"):
+        assert from_pretrained(folder, dtype=dtype).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error"),
+    [
+        ("int7", ValueError),
+        ("int8", ValueError),
+        ("half", ValueError),
+        ("", ValueError),
+        (torch.int8, ValueError),
+        (torch.float8_e5m2, ValueError),
+        (16, TypeError),
+        ({"": "float16"}, TypeError),
+    ],
+    ids=str,
+)
+def test_dtypes_that_are_refused(dtype: Any, error: type, folder: Path) -> None:
+    with pytest.raises(error) as caught:
+        from_pretrained(folder, dtype=dtype)
+    assert str(caught.value) == (
+        f"dtype is {dtype!r}; allowed are float32, float16, bfloat16, float64 and 'auto'"
+    )
 
 
 def test_the_generation_configuration(folder: Path) -> None:

@@ -21,6 +21,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import Tensor
 
+from .. import layout
+
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 
@@ -337,3 +339,22 @@ def cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
                 "cannot express; take bfloat16 or float32"
             )
     return new
+
+
+def as_dtype(
+    value: object, allowed: Iterable[torch.dtype], *others: str
+) -> torch.dtype:
+    """A dtype given as itself or by its name, "float16" or "torch.float16".
+
+    Raises ValueError for one that is not allowed and TypeError for what is no dtype;
+    both name `others` too, the words that the caller takes instead of a dtype.
+    """
+    names = {layout.name_of(dtype): dtype for dtype in allowed}
+    if isinstance(value, (str, torch.dtype)):
+        dtype = names.get(str(value).removeprefix("torch."))
+        if dtype is not None:
+            return dtype
+    also = "".join(f" and {word!r}" for word in others)
+    raise (ValueError if isinstance(value, (str, torch.dtype)) else TypeError)(
+        f"dtype is {value!r}; allowed are {', '.join(names)}{also}"
+    )

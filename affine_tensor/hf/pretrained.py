@@ -13,7 +13,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils.hub import extract_commit_hash
 
-from ..checkpoint.files import CONFIG, fetch
+from .. import layout
+from ..checkpoint.files import CONFIG, as_dtype, fetch
 from ..checkpoint.load import load_checkpoint_
 from ..tensor import logger
 
@@ -21,7 +22,7 @@ from ..tensor import logger
 def from_pretrained(
     source: str | Path,
     *,
-    dtype: torch.dtype | str = "auto",
+    dtype: torch.dtype | str | None = "auto",
     device_map: str | torch.device | None = None,
     model_class: Any = AutoModelForCausalLM,
     revision: str | None = None,
@@ -34,15 +35,20 @@ def from_pretrained(
 
     `source` is a folder or a Hub repository. The model is `model_class` (an auto class
     or a class of models), in evaluation mode; its Linear and Embedding modules are
-    torch's own, with packed weights. `dtype` ("auto": the one that config.json names)
-    is what it computes in. `device_map` is one device here. Further keywords change the
+    torch's own, with packed weights. `dtype` is what it computes in: float32, float16,
+    bfloat16 or float64, or its name; "auto" or None: the one that config.json names.
+    `device_map` is one device here. Further keywords change the
     configuration, as they do in transformers.
 
     Raises `CheckpointError` where the checkpoint's tensors do not fit the model,
-    missing ones included, TypeError for keywords that nothing knows, and what
-    huggingface_hub and transformers raise.
+    missing ones included, ValueError for another dtype or several devices, TypeError
+    for keywords that nothing knows, and what huggingface_hub and transformers raise.
     """
     device = _one_device(device_map)
+    options = {}
+    if dtype not in (None, "auto"):
+        options["dtype"] = as_dtype(dtype, layout.LOGICAL_DTYPES, "auto")
+    _refuse(config_changes)
     hub: dict[str, Any] = {
         "revision": revision,
         "cache_dir": cache_dir,
@@ -68,7 +74,6 @@ def from_pretrained(
     # Of a repository, the revision too: save_checkpoint takes the tokenizer from there.
     config._commit_hash = extract_commit_hash(str(folder / CONFIG), None)
     with _parameters_on_meta():
-        options = {} if dtype == "auto" else {"dtype": dtype}
         build = getattr(model_class, "from_config", None) or model_class._from_config
         model = build(config, **options)
     if device is not None:
@@ -83,6 +88,26 @@ def from_pretrained(
     if (folder / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
+
+
+def _refuse(keywords: dict[str, Any]) -> None:
+    """Raise TypeError for what transformers' loaders take, and would be lost here."""
+    for name in _LOST.keys() & keywords:
+        raise TypeError(f"{name} is not taken: {_LOST[name]}")
+
+
+# AutoConfig takes them as its own, so that they would seem to have an effect.
+_FETCH_FIRST = (
+    "fetch the files with huggingface_hub.snapshot_download, and pass the folder that "
+    "it returns"
+)
+_LOST = {
+    "subfolder": "a checkpoint is one folder. Fetch the repository with "
+    "huggingface_hub.snapshot_download, and pass the path of the folder in it",
+    "force_download": _FETCH_FIRST,
+    "proxies": _FETCH_FIRST,
+    "gguf_file": "only safetensors is read",
+}
 
 
 def _one_device(device_map: str | torch.device | None) -> torch.device | None:
