@@ -27,9 +27,6 @@ from .files import (
     open_checkpoint,
 )
 
-# How many names of a kind one error message lists.
-_LISTED = 20
-
 _READERS = min(4, os.cpu_count() or 1)  # threads
 
 
@@ -236,9 +233,7 @@ def _error(checkpoint: Checkpoint, found: dict[str, list[str]]) -> CheckpointErr
     for kind, names in found.items():
         if names:
             lines.append(f"{len(names)} {kind}:")
-            lines += [f"  {name}" for name in names[:_LISTED]]
-            if len(names) > _LISTED:
-                lines.append(f"  … and {len(names) - _LISTED} more")
+            lines += [f"  {name}" for name in names]
     lines.append(f"Files read: {', '.join(f.name for f in checkpoint.files)}")
     return CheckpointError("\n".join(lines))
 
