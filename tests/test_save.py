@@ -542,8 +542,8 @@ def test_rows_that_no_group_size_of_mlx_divides(tmp_path: Path) -> None:
     ("options", "said"),
     [
         ({"unsupported": "skip"}, "unsupported is 'skip'; allowed are"),
-        ({"dtype": torch.float64}, "dtype is torch.float64; allowed are"),
-        ({"dtype": "float16"}, "dtype is 'float16'; allowed are"),
+        ({"dtype": torch.float64}, "dtype is torch.float64; allowed are float32, "),
+        ({"dtype": "half"}, "dtype is 'half'; .*float16, bfloat16 and 'keep'$"),
     ],
 )
 def test_bad_options(options: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -618,6 +618,19 @@ def test_a_dtype_of_ones_own(tmp_path: Path) -> None:
     tensors = stored(tmp_path / "mlx")
     assert {t.dtype for t in tensors.values()} == {torch.float32, torch.uint32}
     assert tensors["0.scales"].equal(model[0].weight.scales.float())
+
+
+@pytest.mark.parametrize("name", ["float16", "torch.float16"])
+def test_a_dtype_by_its_name(name: str, tmp_path: Path) -> None:
+    save_checkpoint(small_model(), tmp_path / "mlx", dtype=name)
+    dtypes = {tensor.dtype for tensor in stored(tmp_path / "mlx").values()}
+    assert dtypes == {torch.float16, torch.uint32}
+
+
+def test_what_is_no_dtype(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="dtype is 16; allowed are float32"):
+        save_checkpoint(small_model(), tmp_path / "mlx", dtype=16)  # type: ignore
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_dtypes_of_dense_tensors_are_kept(tmp_path: Path) -> None:

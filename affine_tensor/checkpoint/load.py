@@ -159,7 +159,7 @@ def _make_plan(model: nn.Module, checkpoint: Checkpoint) -> _Plan:
         if target is None:
             (plan.ignored if name in others else unexpected).append(name)
         elif reason := _misfit(target, value):
-            misfits[name] = reason
+            misfits[name] = _lacks(checkpoint, target, value) or reason
         elif id(target.parameter) in filled:
             plan.repeated.append((target, value))
         else:
@@ -224,6 +224,13 @@ def _misfit(target: _Target, stored: _Stored) -> str | None:
     return None
 
 
+def _lacks(checkpoint: Checkpoint, target: _Target, stored: _Stored) -> str | None:
+    """What the file would need beside this tensor to be a packed weight, or None."""
+    if isinstance(stored, StoredTensor) and target.parameter.is_floating_point():
+        return mlx.lone_words(checkpoint, stored)
+    return None
+
+
 def _says(tensor: Any) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
@@ -271,8 +278,10 @@ def _read(
             first = next(s.name for t, s in work if t.parameter is own)
             raise CheckpointError(
                 f"the model ties {first} and {stored.name}, and the checkpoint "
-                "has different values for them. Untie them first: "
-                "config.tie_word_embeddings = False"
+                "has different values for them. Untie them first: with "
+                "tie_word_embeddings=False in the configuration (a keyword of "
+                "from_pretrained), or in a module that has none with "
+                f"model.{stored.name} = copy.deepcopy(model.{stored.name})"
             )
 
 

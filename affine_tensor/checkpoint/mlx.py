@@ -174,12 +174,13 @@ def _packed_weight(
     name, tensors = f"{stem}weight", checkpoint.tensors
     packed, scales = tensors[name], tensors[f"{stem}scales"]
     biases = tensors.get(f"{stem}biases")
-    if scales.dtype == torch.uint8 or biases is None:
+    if scales.dtype == torch.uint8:
         return (
-            f"it has {_says(scales)} scales and "
-            f"{'no biases' if biases is None else 'biases'}: a float format (mxfp4, "
-            "nvfp4, mxfp8), not affine"
+            f"it has uint8 scales and {'no biases' if biases is None else 'biases'}: a "
+            "float format (mxfp4, nvfp4, mxfp8), not affine"
         )
+    if biases is None:
+        return f"its biases are missing: {stem}biases"
     if packed.dtype not in (torch.uint32, torch.int32):
         return f"its words are {_says(packed)}; U32 is needed"
     for part in (scales, biases):
@@ -210,6 +211,20 @@ def _packed_weight(
             f"config.json does not name (it has {_pairs(declared)})"
         )
     return PackedWeight(name, packed, scales, biases, bits, group_size)
+
+
+def lone_words(checkpoint: Checkpoint, tensor: StoredTensor) -> str | None:
+    """What a packed weight lacks whose scales are not there, if it is one."""
+    is_weight = tensor.name == "weight" or tensor.name.endswith(".weight")
+    if tensor.dtype != torch.uint32 or not is_weight:
+        return None
+    stem = tensor.name.removesuffix("weight")
+    parts = (f"{stem}scales", f"{stem}biases")
+    absent = [name for name in parts if name not in checkpoint.tensors]
+    return (
+        f"uint32 words {list(tensor.shape)}, of which {' and '.join(absent)} "
+        f"{'is' if len(absent) == 1 else 'are'} missing"
+    )
 
 
 def _contradiction(found: PackedWeight, bits: Any, group_size: Any) -> str | None:

@@ -19,13 +19,12 @@ from .. import layout
 from ..quantize import slots
 from ..tensor import AffineQuantizedTensor, logger
 from .companions import mlx_config, origin_of, write_companions, write_json
-from .files import CONFIG, INDEX, cast
+from .files import CONFIG, INDEX, as_dtype, cast
 
 Unsupported = Literal["error", "dense", "requantize"]
 
 _MLX_GROUP_SIZES = (32, 64, 128)
 _SHARD_BYTES = 5 << 30  # mlx-lm's own size
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -73,7 +72,7 @@ def save_checkpoint(
     model: nn.Module,
     folder: str | Path,
     *,
-    dtype: torch.dtype | Literal["keep"] | None = None,
+    dtype: torch.dtype | str | None = None,
     unsupported: Unsupported = "error",
     tokenizer: Any = None,
     max_shard_bytes: int = _SHARD_BYTES,
@@ -82,8 +81,9 @@ def save_checkpoint(
 ) -> SaveReport:
     """Write a model with packed weights as an MLX checkpoint.
 
-    MLX holds scales and biases in one float dtype for the whole model: `dtype`, by
-    default the one that the packed weights count as. "keep" writes each as it is, which
+    MLX holds scales and biases in one float dtype for the whole model: `dtype`, float32,
+    float16 or bfloat16 or its name, by default the one that the packed weights count
+    as. "keep" writes each as it is, which
     makes mlx-lm compute in float32 where they differ. Where the cast changes values the
     report says by how much.
 
@@ -155,17 +155,13 @@ def _packed(model: nn.Module) -> list[AffineQuantizedTensor]:
 
 
 def _scale_dtype(
-    model: nn.Module, dtype: torch.dtype | Literal["keep"] | None
+    model: nn.Module, dtype: torch.dtype | str | None
 ) -> torch.dtype | None:
     """The one dtype of all scales; None to keep each."""
     if dtype == "keep":
         return None
     if dtype is not None:
-        if dtype not in _DTYPES:
-            raise ValueError(
-                f"dtype is {dtype!r}; allowed are {layout.join(_DTYPES)} and 'keep'"
-            )
-        return dtype
+        return as_dtype(dtype, layout.WEIGHT_DTYPES, "keep")
     counted = Counter(weight._dtype for weight in _packed(model)).most_common(1)
     return _storable(counted[0][0]) if counted else None
 
