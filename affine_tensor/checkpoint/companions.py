@@ -75,7 +75,7 @@ def mlx_config(
             if name in config:
                 config.setdefault(alias, config[name])
         # The model may have been cast, tied or untied since its configuration was made.
-        name = layout.join((dtype,))
+        name = layout.name_of(dtype)
         for part in (config, *_nested(config)):
             part["dtype"] = part["torch_dtype"] = name
         tied = _ties_words(model)

@@ -335,7 +335,7 @@ def cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
         if bool(lost.any()):
             worst = float(value[lost].abs().max())
             raise CheckpointError(
-                f"{name} holds {worst:.6g}, which {str(dtype).removeprefix('torch.')} "
+                f"{name} holds {worst:.6g}, which {layout.name_of(dtype)} "
                 "cannot express; take bfloat16 or float32"
             )
     return new

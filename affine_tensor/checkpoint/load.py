@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .. import layout
 from ..quantize import Slot, format_table, slots
 from ..tensor import AffineQuantizedTensor
 from . import mlx
@@ -210,17 +210,18 @@ def _misfit(target: _Target, stored: _Stored) -> str | None:
         if stored.shape != tuple(own.shape):
             return f"{list(stored.shape)}; the model has {list(own.shape)}"
         if isinstance(target, _Buffer) or not own.is_floating_point():
-            return f"quantized; the model has {_says(own)}"
+            return f"quantized; the model has {layout.name_of(own.dtype)}"
         for _, module, _ in target.places:
             if isinstance(module, nn.Embedding) and module.max_norm is not None:
                 return "quantized; the model's embedding has a max_norm"
         return None
+    has, needs = layout.name_of(stored.dtype), layout.name_of(own.dtype)
     one = math.prod(stored.shape) == own.numel() == 1  # some writers drop its dimension
     if stored.shape != tuple(own.shape) and not one:
-        return f"{_says(stored)} {list(stored.shape)}; the model has {list(own.shape)}"
+        return f"{has} {list(stored.shape)}; the model has {list(own.shape)}"
     both_float = stored.dtype.is_floating_point and own.is_floating_point()
     if not both_float and stored.dtype != own.dtype:
-        return f"{_says(stored)}; the model has {_says(own)}"
+        return f"{has}; the model has {needs}"
     return None
 
 
@@ -229,10 +230,6 @@ def _lacks(checkpoint: Checkpoint, target: _Target, stored: _Stored) -> str | No
     if isinstance(stored, StoredTensor) and target.parameter.is_floating_point():
         return mlx.lone_words(checkpoint, stored)
     return None
-
-
-def _says(tensor: Any) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _error(checkpoint: Checkpoint, found: dict[str, list[str]]) -> CheckpointError:

@@ -182,10 +182,11 @@ def _packed_weight(
     if biases is None:
         return f"its biases are missing: {stem}biases"
     if packed.dtype not in (torch.uint32, torch.int32):
-        return f"its words are {_says(packed)}; U32 is needed"
+        return f"its words are {layout.name_of(packed.dtype)}; U32 is needed"
     for part in (scales, biases):
         if part.dtype not in layout.WEIGHT_DTYPES:
-            return f"{part.name} is {_says(part)}; allowed are F32, F16, BF16"
+            seen = layout.name_of(part.dtype)
+            return f"{part.name} is {seen}; allowed are F32, F16, BF16"
     if not (packed.shape and scales.shape) or not all(packed.shape + scales.shape):
         return f"its shape is {list(packed.shape)}, its scales' {list(scales.shape)}"
     if scales.shape != biases.shape or scales.shape[:-1] != packed.shape[:-1]:
@@ -241,10 +242,6 @@ def _contradiction(found: PackedWeight, bits: Any, group_size: Any) -> str | Non
         f"{columns} columns of {bits} bits, group size {group_size}, as config.json "
         f"says; the model has {found.shape[-1]} columns"
     )
-
-
-def _says(tensor: StoredTensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _pairs(declared: set[tuple[int, int]]) -> str:

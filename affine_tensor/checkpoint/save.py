@@ -247,7 +247,9 @@ def _dense_entry(
     if dtype is None:
         dtype = _storable(value.dtype)
     if value.dtype == torch.float64:
-        report.changed.setdefault(name, f"written as {str(dtype)[6:]}, from float64")
+        report.changed.setdefault(
+            name, f"written as {layout.name_of(dtype)}, from float64"
+        )
 
     def make() -> dict[str, Tensor]:
         dense = value.detach()
@@ -313,8 +315,8 @@ def _cast(
     new = [part.to(dtype) for part in old]
     if not all(bool(torch.isfinite(part).all()) for part in new):
         raise ValueError(
-            f"{name}: its scales or biases are too large for {dtype}; pass "
-            "dtype=torch.bfloat16, torch.float32 or 'keep'"
+            f"{name}: its scales or biases are too large for {layout.name_of(dtype)}; "
+            "pass dtype=torch.bfloat16, torch.float32 or 'keep'"
         )
     scale, bias = (a.double() - b.double() for a, b in zip(new, old, strict=True))
     # The change is linear in the code, so it is largest at one of its two ends.
