@@ -37,6 +37,13 @@ def _is_packed(value: object) -> bool:
     return isinstance(value, AffineQuantizedTensor)
 
 
+def _operands(
+    weight: AffineQuantizedTensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The parts as operators take them; None stands for no permutation."""
+    return weight._packed, weight.scales, weight.biases, weight.permutation
+
+
 def _format(weight: AffineQuantizedTensor) -> dict[str, Any]:
     return {
         "bits": weight.bits,
@@ -104,22 +111,13 @@ def _aten_linear(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if weight.transposed:
         y = _times(x, weight, to_rows=True)
         return y if bias is None else y + _fitting(bias, y)
-    return _linear(
-        x,
-        weight._packed,
-        weight.scales,
-        weight.biases,
-        weight.permutation,
-        bias,
-        **_format(weight),
-    )
+    return _linear(x, *_operands(weight), bias, **_format(weight))
 
 
 def _times(x: Tensor, weight: AffineQuantizedTensor, *, to_rows: bool) -> Tensor:
     """``x @ weight.T`` if `to_rows`, else ``x @ weight``, of the tensor as shown."""
     op = _linear if to_rows != weight.transposed else _matmul
-    parts = (weight._packed, weight.scales, weight.biases, weight.permutation)
-    return op(x, *parts, **_format(weight))
+    return op(x, *_operands(weight), **_format(weight))
 
 
 @implements(aten.mm.default, aten.mv.default)
@@ -145,8 +143,7 @@ def _addmm(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return _dense(func, args, kwargs)
     as_linear = _is_packed(right) and right.transposed and right.dim() == 2
     if as_linear and beta == alpha == 1 and added.dim() == 1:
-        parts = (right._packed, right.scales, right.biases, right.permutation)
-        return _linear(left, *parts, added, **_format(right))
+        return _linear(left, *_operands(right), added, **_format(right))
     product = _mm(aten.mm.default, (left, right), {})
     added = _fitting(added, product)
     if alpha == 0:  # as in BLAS, the product is then ignored, infinities included
@@ -193,8 +190,7 @@ def _grouped_mm(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if bias is not None or offsets is None:
         return _dense(func, args, kwargs)
     op = _grouped_linear if weight.transposed else _grouped_matmul
-    parts = (weight._packed, weight.scales, weight.biases, weight.permutation)
-    y = op(x, *parts, offsets, **_format(weight))
+    y = op(x, *_operands(weight), offsets, **_format(weight))
     return y if dtype is None else y.to(dtype)
 
 
@@ -209,8 +205,7 @@ def _aten_embedding(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> A
             .dequantize()
             .view(*ids.shape, weight.shape[1])
         )
-    parts = (weight._packed, weight.scales, weight.biases)
-    return _embedding(ids, *parts, **_format(weight))
+    return _embedding(ids, *_operands(weight)[:3], **_format(weight))
 
 
 @implements(aten.embedding_renorm_.default)

@@ -126,14 +126,16 @@ def _linear(
     _check_input(x, scales.shape[-1] * group_size, dtype, "linear")
     if permutation is not None:
         x = x.index_select(-1, permutation)
-    y = x.new_empty((*x.shape[:-1], packed.shape[0]))  # [..., N]
     if bias is not None:
         bias = bias.expand(*bias.shape[:-1], packed.shape[0])  # one for all rows, too
+    y: Tensor | None = None
     for rows, weight in _blocks(packed, scales, biases, bits, group_size, dtype):
         if len(weight) == len(packed):
             return F.linear(x, weight, bias)
+        if y is None:
+            y = x.new_empty((*x.shape[:-1], packed.shape[0]))  # [..., N]
         y[..., rows] = F.linear(x, weight, None if bias is None else bias[..., rows])
-    return y
+    return x.new_empty((*x.shape[:-1], 0)) if y is None else y
 
 
 def _linear_under_autocast(key: str) -> Kernel:
@@ -232,18 +234,9 @@ def _grouped_linear(
     _check_groups(x, packed, offsets, indices, "grouped_linear")
     _check_input(x, scales.shape[-1] * group_size, dtype, "grouped_linear")
     y = x.new_zeros((len(x), packed.shape[1]))
-    for expert, rows in _rows_by_expert(len(packed), offsets, indices):
-        y[rows] = _linear(
-            x[rows],
-            packed[expert],
-            scales[expert],
-            biases[expert],
-            None if permutation is None else permutation[expert],
-            bits=bits,
-            group_size=group_size,
-            dtype=dtype,
-        )
-    return y
+    parts = (packed, scales, biases, permutation)
+    format = {"bits": bits, "group_size": group_size, "dtype": dtype}
+    return _by_expert(_linear, x, y, parts, offsets, indices, format)
 
 
 def _fake_grouped_matmul(  # type: ignore[no-untyped-def]
@@ -275,18 +268,9 @@ def _grouped_matmul(
     _check_groups(x, packed, offsets, indices, "grouped_matmul")
     _check_input(x, packed.shape[1], dtype, "grouped_matmul")
     y = x.new_zeros((len(x), scales.shape[-1] * group_size))
-    for expert, rows in _rows_by_expert(len(packed), offsets, indices):
-        y[rows] = _matmul(
-            x[rows],
-            packed[expert],
-            scales[expert],
-            biases[expert],
-            None if permutation is None else permutation[expert],
-            bits=bits,
-            group_size=group_size,
-            dtype=dtype,
-        )
-    return y
+    parts = (packed, scales, biases, permutation)
+    format = {"bits": bits, "group_size": group_size, "dtype": dtype}
+    return _by_expert(_matmul, x, y, parts, offsets, indices, format)
 
 
 def _fake_embedding(ids, packed, scales, biases, **format):  # type: ignore[no-untyped-def]
@@ -387,6 +371,22 @@ def _blocks(
                 dtype=dtype,
             ),
         )
+
+
+def _by_expert(
+    product: Kernel,
+    x: Tensor,
+    y: Tensor,
+    parts: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    offsets: Tensor | None,
+    indices: Tensor | None,
+    format: dict[str, Any],
+) -> Tensor:
+    """Fill y with the product of each expert and its rows of x."""
+    for expert, rows in _rows_by_expert(len(parts[0]), offsets, indices):
+        own = [None if part is None else part[expert] for part in parts]
+        y[rows] = product(x[rows], *own, **format)
+    return y
 
 
 def _rows_by_expert(
