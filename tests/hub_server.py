@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import re
+import socket
 import socketserver
 import tempfile
 import threading
@@ -215,6 +216,17 @@ def _tree(files: dict[str, bytes], folder: str, recursive: bool) -> list[Any]:
             entry = {"type": "directory", "path": prefix + child, "oid": "", "size": 0}
         entries[str(entry["path"])] = entry
     return list(entries.values())
+
+
+def only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail the test that looks up any other host."""
+    lookup = socket.getaddrinfo
+
+    def loopback_only(host: str, *args: Any, **kwargs: Any) -> Any:
+        assert host == "127.0.0.1", f"a request for {host} left the stand-in"
+        return lookup(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", loopback_only)
 
 
 def use_hub(

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import pytest
-from hub_server import REVOKED_TOKEN, HubServer, use_hub
+from hub_server import REVOKED_TOKEN, HubServer, only_loopback, use_hub
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub import errors as hub_errors
 
@@ -44,13 +42,7 @@ def server(
         "org/private": folder,
         "org/gated": folder,
     }
-    lookup = socket.getaddrinfo
-
-    def loopback_only(host: str, *args: Any, **kwargs: Any) -> Any:
-        assert host == "127.0.0.1", f"a request for {host} left the stand-in"
-        return lookup(host, *args, **kwargs)
-
-    monkeypatch.setattr(socket, "getaddrinfo", loopback_only)
+    only_loopback(monkeypatch)
     with HubServer(
         repos, token="hf_good", private={"org/private"}, gated={"org/gated"}
     ) as server:

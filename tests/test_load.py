@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from hub_server import REVOKED_TOKEN, HubServer, use_hub
+from hub_server import REVOKED_TOKEN, HubServer, only_loopback, use_hub
 from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save_file
@@ -1060,13 +1059,7 @@ def server(
         "org/gated": repo,
         "org/broken": broken,
     }
-    lookup = socket.getaddrinfo
-
-    def loopback_only(host: str, *args: Any, **kwargs: Any) -> Any:
-        assert host == "127.0.0.1", f"a request for {host} left the stand-in"
-        return lookup(host, *args, **kwargs)
-
-    monkeypatch.setattr(socket, "getaddrinfo", loopback_only)
+    only_loopback(monkeypatch)
     with HubServer(
         repos, token="hf_good", private={"org/private"}, gated={"org/gated"}
     ) as server:
