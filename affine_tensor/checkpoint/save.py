@@ -83,9 +83,8 @@ def save_checkpoint(
 
     MLX holds scales and biases in one float dtype for the whole model: `dtype`, float32,
     float16 or bfloat16 or its name, by default the one that the packed weights count
-    as. "keep" writes each as it is, which
-    makes mlx-lm compute in float32 where they differ. Where the cast changes values the
-    report says by how much.
+    as. "keep" writes each as it is, which makes mlx-lm compute in float32 where they
+    differ. Where the cast changes values the report says by how much.
 
     MLX has neither group size 16 nor permutations (act-order), nor transposed weights:
     such weights are refused, or with `unsupported` written "dense", or "requantize"d at

@@ -37,8 +37,8 @@ def from_pretrained(
     or a class of models), in evaluation mode; its Linear and Embedding modules are
     torch's own, with packed weights. `dtype` is what it computes in: float32, float16,
     bfloat16 or float64, or its name; "auto" or None: the one that config.json names.
-    `device_map` is one device here. Further keywords change the
-    configuration, as they do in transformers.
+    `device_map` is one device here. Further keywords change the configuration, as they
+    do in transformers.
 
     Raises `CheckpointError` where the checkpoint's tensors do not fit the model,
     missing ones included, ValueError for another dtype or several devices, TypeError
