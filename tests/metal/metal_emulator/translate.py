@@ -562,7 +562,8 @@ def entry_points(entries: Sequence[Entry], *, cuda: bool = False) -> str:
             f"{_inside(entry)}msl_bindings_{number}, {entry.buffers}}},"
             for number, entry in enumerate(entries)
         ]
-        out.append('extern "C" const msl::Kernel msl_kernels[] = {')
+        visible = '__attribute__((visibility("default")))'
+        out.append(f'extern "C" {visible} const msl::Kernel msl_kernels[] = {{')
         out += [*rows, "{nullptr, nullptr, nullptr, 0}};"]
     return "\n".join([*out, "}\n"])
 
