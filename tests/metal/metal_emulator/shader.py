@@ -34,7 +34,7 @@ ORDERS = ("forward", "backward", "random")
 CASTS = {"int32": "i", "int16": "h", "int8": "b", "uint8": "B"}
 HEADERS = (
     '#include "types.hpp"\n#include "math.hpp"\n#include "runtime.hpp"\n'
-    '#include "simd.hpp"\n'
+    '#include "simd.hpp"\n#include "intrinsics.hpp"\n'
 )
 
 

@@ -216,6 +216,7 @@ class _Translator:
         `body` is a function's, braces included; without one, `head` ends in `;`.
         """
         words = {t.text for t in head if t.kind == "word"}
+        head = _without_qualifiers(head)
         attributes = [t.text for t in head if t.kind == "attribute"]
         plain = [t for t in head if t.kind != "attribute"]
         if body is None and _starts(plain, "template") and not _starts(plain[1:], "<"):
@@ -239,7 +240,7 @@ class _Translator:
             seen.add(key)
         elif body is not None:
             seen.add(_signature(head))
-        return [*_without_qualifiers(head), *(body or [])]
+        return [*head, *(body or [])]
 
     def kernel(self, head: list[Token], path: str) -> None:
         opening = _parameter_list(head)
@@ -331,12 +332,20 @@ def _instantiated(tokens: Sequence[Token]) -> str:
 def _parameter_list(head: Sequence[Token]) -> int:
     """The index of the `(` that opens a function's parameters."""
     position = 0
+    named = next((i for i, t in enumerate(head) if t.text == "operator"), None)
+    if named is not None:
+        # `operator()(...)`, `operator+(...)` or a conversion, `operator vec<T, 2>()`.
+        position = named + (3 if head[named + 1].text == "(" else 1)
+        while head[position].text != "(":
+            position += 1
+        return position
     while position < len(head):
         token, before = head[position], head[position - 1]
         if token.kind == "mark" and token.text == "<" and before.text == "template":
             position = matching_angle(head, position)
         elif token.kind == "mark" and token.text == "(":
-            if before.kind == "word" and before.text not in NO_FUNCTIONS:
+            is_name = before.kind == "word" and before.text not in NO_FUNCTIONS
+            if is_name or before.text in (">", ">>"):
                 return position
             position = matching(head, position)
         position += 1

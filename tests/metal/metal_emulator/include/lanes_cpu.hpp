@@ -8,10 +8,11 @@ inline unsigned lane() { return msl_lane(); }
 
 template <class Result, class Operand>
 inline Result meet(Operand const& operand, void (*combine)(void const*, unsigned, void*),
-                   int line) {
+                   Line line) {
     static_assert(sizeof(Operand) <= 64 && sizeof(Result) <= 64, "an operand is too wide");
     Result result;
-    msl_collective(&operand, sizeof(Operand), &result, sizeof(Result), combine, line);
+    msl_collective(&operand, sizeof(Operand), &result, sizeof(Result), combine,
+                   line.number);
     return result;
 }
 
@@ -40,7 +41,7 @@ void combine_butterfly(void const* operands, unsigned mask, void* results) {
 }
 
 template <class Operation, class T, int Width>
-inline T reduce(T value, int line) {
+inline T reduce(T value, Line line) {
     return meet<T>(value, combine_butterfly<Operation, T, Width>, line);
 }
 
@@ -65,7 +66,7 @@ void combine_shuffle(void const* operands, unsigned mask, void* results) {
 }
 
 template <class T>
-inline T shuffle(T value, T otherwise, unsigned source, int line) {
+inline T shuffle(T value, T otherwise, unsigned source, Line line) {
     return meet<T>(Sent<T>{value, otherwise, source}, combine_shuffle<T>, line);
 }
 
@@ -78,7 +79,7 @@ inline void combine_ballot(void const* operands, unsigned mask, void* results) {
         ((unsigned*)results)[i] = votes;
 }
 
-inline unsigned ballot(bool vote, int line) {
+inline unsigned ballot(bool vote, Line line) {
     return meet<unsigned>(vote, combine_ballot, line);
 }
 
@@ -87,7 +88,7 @@ inline void combine_active(void const*, unsigned mask, void* results) {
         ((unsigned*)results)[i] = mask;
 }
 
-inline unsigned active(int line) { return meet<unsigned>(false, combine_active, line); }
+inline unsigned active(Line line) { return meet<unsigned>(false, combine_active, line); }
 
 template <class Operation, class T, bool Inclusive>
 void combine_prefix(void const* operands, unsigned mask, void* results) {
@@ -102,7 +103,7 @@ void combine_prefix(void const* operands, unsigned mask, void* results) {
 }
 
 template <class Operation, class T, bool Inclusive>
-inline T prefix(T value, int line) {
+inline T prefix(T value, Line line) {
     return meet<T>(value, combine_prefix<Operation, T, Inclusive>, line);
 }
 
@@ -139,7 +140,7 @@ void combine_matrices(void const* operands, unsigned mask, void* results) {
 
 template <class D, class A, class B, class C>
 inline void multiply_accumulate(D (&d)[2], A const (&a)[2], B const (&b)[2],
-                                C const (&c)[2], int line) {
+                                C const (&c)[2], Line line) {
     struct Pair { D element[2]; };
     Factors<A, B, C> factors = {{a[0], a[1]}, {b[0], b[1]}, {c[0], c[1]}};
     Pair const pair = meet<Pair>(factors, combine_matrices<D, A, B, C>, line);
@@ -147,8 +148,8 @@ inline void multiply_accumulate(D (&d)[2], A const (&a)[2], B const (&b)[2],
     d[1] = pair.element[1];
 }
 
-inline void barrier(bool whole_group, unsigned flags, int line) {
-    msl_barrier(whole_group, flags, line);
+inline void barrier(bool whole_group, unsigned flags, Line line) {
+    msl_barrier(whole_group, flags, line.number);
 }
 
 // Fibers take turns, so a plain update is an atomic one; the tracer is told.

@@ -17,24 +17,24 @@ inline T read(T value, unsigned source) {
 }
 
 template <class Operation, class T, int Width>
-inline T reduce(T value, int) {
+inline T reduce(T value, Line) {
     for (int step = Width / 2; step > 0; step /= 2)
         value = Operation::apply(value, read(value, lane() ^ step));
     return value;
 }
 
 template <class T>
-inline T shuffle(T value, T otherwise, unsigned source, int) {
+inline T shuffle(T value, T otherwise, unsigned source, Line) {
     T const found = read(value, source < 32 ? source : lane());
     return source < 32 ? found : otherwise;
 }
 
-inline unsigned ballot(bool vote, int) { return __ballot_sync(0xffffffffu, vote); }
+inline unsigned ballot(bool vote, Line) { return __ballot_sync(0xffffffffu, vote); }
 
 inline unsigned active(int) { return __activemask(); }
 
 template <class Operation, class T, bool Inclusive>
-inline T prefix(T value, int) {
+inline T prefix(T value, Line) {
     T total = Operation::template identity<T>(), mine = total;
     for (unsigned i = 0; i < 32; ++i) {
         T const next = Operation::apply(total, read(value, i));
@@ -48,7 +48,7 @@ inline T prefix(T value, int) {
 // Each lane computes its own two elements, in the order of k, as the CPU does.
 template <class D, class A, class B, class C>
 inline void multiply_accumulate(D (&d)[2], A const (&a)[2], B const (&b)[2],
-                                C const (&c)[2], int) {
+                                C const (&c)[2], Line) {
     int const row = matrix_row(lane()), column = matrix_column(lane());
     float sum[2] = {float(c[0]), float(c[1])};
     for (int k = 0; k < 8; ++k) {
@@ -62,7 +62,7 @@ inline void multiply_accumulate(D (&d)[2], A const (&a)[2], B const (&b)[2],
     d[1] = D(sum[1]);
 }
 
-inline void barrier(bool whole_group, unsigned, int) {
+inline void barrier(bool whole_group, unsigned, Line) {
     if (whole_group)
         __syncthreads();
     else

@@ -3,7 +3,7 @@
 #pragma once
 #include "runtime.hpp"
 
-#define MSL_LINE int line = __builtin_LINE()
+#define MSL_LINE Line line = Line{__builtin_LINE()}
 
 namespace msl {
 
@@ -14,6 +14,11 @@ constexpr int matrix_column(int lane) { return (lane / 4 & 2) * 2 + lane % 2 * 2
 constexpr int matrix_lane(int row, int column) {
     return row / 4 * 16 + column / 4 * 8 + row % 4 * 2 + column / 2 % 2;
 }
+
+// Where a function was called; a type of its own, so that no argument slips into it.
+struct Line {
+    int number;
+};
 
 }  // namespace msl
 
@@ -40,14 +45,29 @@ struct Minimum {
 struct Maximum {
     template <class T> static T apply(T a, T b) { return metal::max(a, b); }
 };
+// MLX asks for the exclusive or of floats, so these work on any type's bits.
+template <class T, class Operation>
+inline T bitwise(T a, T b, Operation) {
+    constexpr int words = (sizeof(T) + 3) / 4;
+    unsigned left[words] = {}, right[words] = {};
+    __builtin_memcpy(left, &a, sizeof(T));
+    __builtin_memcpy(right, &b, sizeof(T));
+    for (int i = 0; i < words; ++i)
+        left[i] = Operation::bits(left[i], right[i]);
+    __builtin_memcpy(&a, left, sizeof(T));
+    return a;
+}
 struct And {
-    template <class T> static T apply(T a, T b) { return T(a & b); }
+    template <class T> static T apply(T a, T b) { return bitwise(a, b, And()); }
+    static unsigned bits(unsigned a, unsigned b) { return a & b; }
 };
 struct Or {
-    template <class T> static T apply(T a, T b) { return T(a | b); }
+    template <class T> static T apply(T a, T b) { return bitwise(a, b, Or()); }
+    static unsigned bits(unsigned a, unsigned b) { return a | b; }
 };
 struct Xor {
-    template <class T> static T apply(T a, T b) { return T(a ^ b); }
+    template <class T> static T apply(T a, T b) { return bitwise(a, b, Xor()); }
+    static unsigned bits(unsigned a, unsigned b) { return a ^ b; }
 };
 
 // Apply a function of scalars to each component.
@@ -63,13 +83,13 @@ inline T componentwise(T value, Function const& function) {
 }
 
 template <class Operation, int Width, class T>
-inline T reduce_all(T value, int line) {
+inline T reduce_all(T value, Line line) {
     return componentwise(
         value, [=](auto part) { return reduce<Operation, decltype(part), Width>(part, line); });
 }
 
 template <class Operation, bool Inclusive, class T>
-inline T prefix_all(T value, int line) {
+inline T prefix_all(T value, Line line) {
     return componentwise(value, [=](auto part) {
         return prefix<Operation, decltype(part), Inclusive>(part, line);
     });
@@ -290,7 +310,7 @@ template <class T>
 inline simdgroup_matrix<T, 8, 8> operator*(simdgroup_matrix<T, 8, 8> const& a,
                                            simdgroup_matrix<T, 8, 8> const& b) {
     simdgroup_matrix<T, 8, 8> d;
-    simdgroup_multiply(d, a, b, 0);
+    simdgroup_multiply(d, a, b);
     return d;
 }
 
