@@ -153,7 +153,7 @@ class Weights:
 
     @property
     def dense(self) -> Tensor:
-        """scale * code + bias in float64, where it is exact."""
+        """scale * code + bias in float64: exact, or close to it beside any bound here."""
         return self.spread(self.scales) * self.codes + self.spread(self.biases)
 
     @property
