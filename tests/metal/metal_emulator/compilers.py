@@ -40,6 +40,7 @@ KERNEL = [
     "-O1",
     # Line numbers, for the message of a fault.
     "-g1",
+    "-gdwarf-4",
     # Every operation rounds; Apple's compiler may contract, tests allow for that.
     "-ffp-contract=off",
     "-fno-math-errno",
@@ -221,7 +222,7 @@ def runtime() -> Path:
 
 def locate(program_counter: int, library: Path, base: int) -> str | None:
     """The source's `file:line` of an instruction, where a tool that knows is there."""
-    offset = hex(program_counter - 1 - base)
+    offset = hex(program_counter - base)
     for tool, arguments in (
         ("addr2line", ["-i", "-e", str(library), offset]),
         ("llvm-symbolizer", ["--obj=" + str(library), offset]),

@@ -12,7 +12,7 @@ inline Result meet(Operand const& operand, void (*combine)(void const*, unsigned
     static_assert(sizeof(Operand) <= 64 && sizeof(Result) <= 64, "an operand is too wide");
     Result result;
     msl_collective(&operand, sizeof(Operand), &result, sizeof(Result), combine,
-                   line.number);
+                   int(line));
     return result;
 }
 
@@ -149,7 +149,7 @@ inline void multiply_accumulate(D (&d)[2], A const (&a)[2], B const (&b)[2],
 }
 
 inline void barrier(bool whole_group, unsigned flags, Line line) {
-    msl_barrier(whole_group, flags, line.number);
+    msl_barrier(whole_group, flags, int(line));
 }
 
 // Fibers take turns, so a plain update is an atomic one; the tracer is told.

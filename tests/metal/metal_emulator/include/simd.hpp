@@ -3,7 +3,7 @@
 #pragma once
 #include "runtime.hpp"
 
-#define MSL_LINE Line line = Line{__builtin_LINE()}
+#define MSL_LINE Line line = Line(__builtin_LINE())
 
 namespace msl {
 
@@ -16,9 +16,7 @@ constexpr int matrix_lane(int row, int column) {
 }
 
 // Where a function was called; a type of its own, so that no argument slips into it.
-struct Line {
-    int number;
-};
+enum class Line : int {};
 
 }  // namespace msl
 

@@ -169,6 +169,14 @@ MSL_INLINE constexpr T&& forward(remove_reference_t<T>&& value) noexcept {
     return static_cast<T&&>(value);
 }
 
+// Apple's own name for std::disjunction and its kin, which MLX's kernels use.
+template <class... B>
+struct _disjunction : bool_constant<(B::value || ...)> {};
+template <class... B>
+struct _conjunction : bool_constant<(B::value && ...)> {};
+template <class B>
+struct _negation : bool_constant<!B::value> {};
+
 // A predicate is its variable template; the class of the same name derives from it.
 #define MSL_PREDICATE(name, condition)          \
     template <class T>                          \

@@ -26,6 +26,14 @@ MSL_INLINE constexpr To as_type(From from) {
 
 namespace metal {
 
+// A value that is the same for all threads; that it is one is not checked.
+template <class T>
+using uniform = T;
+template <class T>
+MSL_INLINE constexpr T make_uniform(T value) {
+    return value;
+}
+
 template <class T, size_t N>
 struct array {
     T elements[N];

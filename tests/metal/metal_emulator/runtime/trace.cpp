@@ -263,7 +263,8 @@ static void note(void const* pointer, size_t bytes, Access access,
 
 using namespace msl;
 
-#define HERE __builtin_return_address(0)
+// The call itself, not the instruction that it returns to.
+#define HERE ((char const*)__builtin_return_address(0) - 1)
 
 extern "C" {
 
