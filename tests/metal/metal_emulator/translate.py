@@ -495,7 +495,8 @@ class _Body:
         first = parts[0]
         stop = next((i for i, t in enumerate(first) if t.text in ("[", "=")), len(first))
         kind = first[: stop - 1]
-        if any(t.text in ("*", "&", "=") for t in first):
+        last = [t.text for t in kind if t.text != "const"][-1:]
+        if last in (["*"], ["&"]) or first[stop - 1].text == ")":
             # A pointer into threadgroup memory is a variable of the thread.
             return start + 1
         for part in [first[stop - 1 :], *parts[1:]]:
@@ -505,17 +506,17 @@ class _Body:
 
     def allocate(self, name: Token, type_: list[Token]) -> list[Token]:
         alias = f"msl_type_of_{name.text}"
+        site = f"msl_site_of_{name.text}"
         if self.cuda:
-            texts = [f"using {alias} =", *(t.text for t in type_), ";"]
-            texts.append(f"__shared__ {alias} {name.text};")
+            variable = f"__shared__ {alias} {name.text}"
         else:
-            texts = [f"using {alias} =", *(t.text for t in type_), ";"]
-            texts.append(
-                f"static const char msl_site_of_{name.text} = 0; {alias}& {name.text} = "
-                f"*({alias}*)msl_threadgroup_memory(&msl_site_of_{name.text}, "
-                f'"{name.text}", sizeof({alias}), alignof({alias}), __builtin_LINE());'
+            variable = (
+                f"static const char {site} = 0; {alias}& {name.text} = "
+                f'*({alias}*)msl_threadgroup_memory(&{site}, "{name.text}", '
+                f"sizeof({alias}), alignof({alias}), __builtin_LINE())"
             )
-        return [name.like(text) for text in texts[:-1]] + [name.like(texts[-1], "mark")]
+        end = name.like(";", "mark")
+        return [name.like(f"using {alias} ="), *type_, end, name.like(variable), end]
 
 
 def _is_scope_name(before: Sequence[Token]) -> bool:
