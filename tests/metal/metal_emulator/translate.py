@@ -31,6 +31,10 @@ ADDRESS_SPACES = frozenset(
 )
 ASSIGNMENTS = frozenset(("=", "+=", "-=", "*=", "/=", "%=", "&=", "|=", "^="))
 NO_FUNCTIONS = frozenset(("alignas", "decltype", "__attribute__", "noexcept"))
+BEFORE_TYPES = frozenset(
+    "using typename typedef const constexpr volatile static inline explicit friend "
+    "return case else do sizeof alignof operator public private protected".split()
+)
 SWIZZLE = re.compile(r"[xyzw]{2,4}")
 LITERAL = re.compile(r"((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)(h|H|bf|BF)?")
 HOST_NAME = re.compile(r"host_name\s*\((.*)\)")
@@ -524,8 +528,7 @@ def _is_scope_name(before: Sequence[Token]) -> bool:
     if not before:
         return False
     last = before[-1]
-    keyword = last.text in ("return", "typename", "const", "new", "else", "case")
-    return (last.kind == "word" and not keyword) or last.text == ">"
+    return (last.kind == "word" and last.text not in BEFORE_TYPES) or last.text == ">"
 
 
 def _number(token: Token) -> Token:
