@@ -479,13 +479,13 @@ kernel void f(device uint* out, constant int& by, uint i [[thread_position_in_gr
     "recursion without end": Plant(
         """
 #ifdef BUG
-int deep(int n) { return n < 0 ? 0 : deep(n + 1) ^ n; }
+float deep(float x) { return x < 0.0f ? x : sqrt(deep(x + 1.0f)) + x; }
 #else
-int deep(int n) { return n; }
+float deep(float x) { return x; }
 #endif
-kernel void f(device int* out, uint i [[thread_position_in_grid]]) { out[i] = deep(i); }
+kernel void f(device float* out, uint i [[thread_position_in_grid]]) { out[i] = deep(i); }
 """,
-        lambda: (torch.zeros(1, dtype=torch.int32),),
+        floats(1),
         emulator.EmulationError,
         r"f: a thread's stack of \d+ bytes overflowed",
         threads=1,

@@ -22,7 +22,7 @@ struct Event {
     uint32_t sequence;
     uint8_t lane;
     uint8_t buffer;
-    uint8_t store;
+    uint8_t access;
     uint8_t bytes;
     uint32_t ordinal;  // how often this lane came by here in this step
     uintptr_t address;
@@ -82,7 +82,8 @@ void finish_step(unsigned which) {
         uintptr_t const last = (event.address + event.bytes - 1) / SECTOR;
         for (uintptr_t sector = event.address / SECTOR; sector <= last; ++sector)
             if (sector >= seen) {
-                ++(event.store ? traffic.store_sectors : traffic.load_sectors);
+                traffic.load_sectors += event.access != STORE;
+                traffic.store_sectors += event.access != LOAD;
                 seen = sector + 1;
             }
     }
@@ -107,7 +108,7 @@ static void note_traffic(unsigned buffer, uint8_t const* at, size_t bytes, Acces
         list.event = (Event*)realloc(list.event, list.room * sizeof(Event));
     }
     Event event = {program_counter, uint32_t(list.count), uint8_t(ids.lane),
-                   uint8_t(buffer), access != LOAD,      uint8_t(bytes),
+                   uint8_t(buffer), uint8_t(access),     uint8_t(bytes),
                    0,               uintptr_t(at)};
     list.event[list.count++] = event;
 }
