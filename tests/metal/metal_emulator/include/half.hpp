@@ -66,7 +66,15 @@ MSL_INLINE float half_value_fast(ushort bits) {
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
     return value;
 }
+#elif defined(__FLT16_MANT_DIG__) && (defined(__F16C__) || defined(__aarch64__))
+MSL_INLINE ushort half_bits_fast(float value) {
+    return __builtin_bit_cast(ushort, _Float16(value));
+}
+MSL_INLINE float half_value_fast(ushort bits) {
+    return float(__builtin_bit_cast(_Float16, bits));
+}
 #elif defined(__F16C__)
+// g++ before 13 and clang before 15 have no _Float16 here.
 typedef float four_floats __attribute__((vector_size(16)));
 typedef short eight_shorts __attribute__((vector_size(16)));
 MSL_INLINE ushort half_bits_fast(float value) {

@@ -14,7 +14,7 @@ namespace msl {
 template <class To, class From>
 MSL_INLINE constexpr To as_type(From from) {
     static_assert(sizeof(To) == sizeof(From), "as_type keeps the size");
-#if defined(MSL_TRACE)
+#if defined(MSL_TRACE) || defined(__clang__)
     if constexpr (!__is_trivially_copyable(To) || !__is_trivially_copyable(From)) {
         To to;
         __builtin_memcpy(static_cast<void*>(&to), static_cast<void const*>(&from), sizeof to);

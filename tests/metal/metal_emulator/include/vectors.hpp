@@ -272,6 +272,13 @@ struct alignas((N == 2 ? 2 : 4) * sizeof(T)) vec : detail::components<T, N> {
         }
         return *this;
     }
+#elif defined(__clang__)
+    // clang checks alignment where a reference is bound, not in a copy of its own.
+    MSL_INLINE constexpr vec(vec const& other) : base(other) {}
+    MSL_INLINE constexpr vec& operator=(vec const& other) {
+        base::operator=(other);
+        return *this;
+    }
 #endif
 
     MSL_VECTOR_OPERATOR(+)
