@@ -102,8 +102,8 @@ def matching(tokens: Sequence[Token], start: int) -> int:
 def matching_angle(tokens: Sequence[Token], start: int) -> int:
     """The index of the token whose `>` closes the `<` at `start`.
 
-    Parentheses and square brackets inside are skipped, so a comparison must stand in
-    parentheses, as C++ itself asks of template arguments.
+    Brackets inside are skipped, so that a `>` which compares must stand in parentheses,
+    as C++ itself asks of template arguments.
     """
     depth, position = 0, start
     while position < len(tokens):
@@ -112,7 +112,7 @@ def matching_angle(tokens: Sequence[Token], start: int) -> int:
             if token.text in ("(", "[", "{"):
                 position = matching(tokens, position)
             elif token.text == "<":
-                depth += 1
+                depth += not _compares(tokens, position)
             elif token.text in (">", ">>"):
                 depth -= len(token.text)
                 if depth <= 0:
@@ -122,6 +122,12 @@ def matching_angle(tokens: Sequence[Token], start: int) -> int:
     raise SyntaxError(f"{where.file}:{where.line}: '<' is never closed")
 
 
+def _compares(tokens: Sequence[Token], position: int) -> bool:
+    """Whether this `<` stands after a value, as in `sizeof(T) < 8`."""
+    before = tokens[position - 1] if position else None
+    return before is not None and (before.kind == "number" or before.text == ")")
+
+
 def split(tokens: Sequence[Token], separator: str = ",") -> list[list[Token]]:
     """The parts between separators that stand outside all brackets, `<>` included.
 
@@ -129,9 +135,10 @@ def split(tokens: Sequence[Token], separator: str = ",") -> list[list[Token]]:
     """
     parts: list[list[Token]] = [[]]
     depth = 0
-    for token in tokens:
+    for position, token in enumerate(tokens):
         if token.kind == "mark":
-            depth += token.text in ("(", "[", "{", "<")
+            depth += token.text in ("(", "[", "{")
+            depth += token.text == "<" and not _compares(tokens, position)
             depth -= token.text in (")", "]", "}", ">")
             depth -= 2 * (token.text == ">>")
             if depth == 0 and token.text == separator:

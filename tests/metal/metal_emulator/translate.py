@@ -233,7 +233,7 @@ class _Translator:
         )
         if is_kernel and body is not None:
             self.kernel(head, path)
-            head = [t for t in head if t.text != "kernel" or t.kind == "attribute"]
+        head = [t for t in head if t.text != "kernel" or t.kind == "attribute"]
         if body is None and any(a.startswith("function_constant") for a in attributes):
             # The host cannot set function constants, so none is ever defined.
             return [*head[:-1], *(head[-1].like(t, "mark") for t in ("=", "{", "}", ";"))]
@@ -371,7 +371,7 @@ def _parameters(head: Sequence[Token], opening: int) -> tuple[Parameter, ...]:
             following = int(indexed[2]) + 1
         elif attributes and (attributes[0] in VECTORS or attributes[0] in SCALARS):
             found.append(Parameter(attributes[0]))
-        elif not attributes and any(t.text in ("*", "&") for t in part):
+        elif not attributes and any(t.text in ("*", "&", "[") for t in part):
             found.append(Parameter("buffer", following))
             following += 1
         else:
@@ -528,7 +528,17 @@ def _is_scope_name(before: Sequence[Token]) -> bool:
     if not before:
         return False
     last = before[-1]
-    return (last.kind == "word" and last.text not in BEFORE_TYPES) or last.text == ">"
+    if last.text == ")":
+        opening, depth = len(before) - 1, 0
+        while opening >= 0:
+            depth += (before[opening].text == ")") - (before[opening].text == "(")
+            if depth == 0:
+                break
+            opening -= 1
+        return opening > 0 and before[opening - 1].text == "decltype"
+    if last.kind == "word":
+        return last.text not in BEFORE_TYPES
+    return last.text in (">", ">>")
 
 
 def _number(token: Token) -> Token:

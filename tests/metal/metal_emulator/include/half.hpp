@@ -150,6 +150,9 @@ using enable_float = metal::enable_if_t<kind_of<S> == float_kind, int>;
     template <class S>                                          \
     friend MSL_INLINE constexpr T& operator op##=(T & a, S b) { \
         return a = T(a op b);                                   \
+    }                                                           \
+    friend MSL_INLINE constexpr float& operator op##=(float& a, T b) { \
+        return a = a op float(b);                               \
     }
 
 #define MSL_COMPARISON(T, op)                                \
