@@ -1,0 +1,454 @@
+"""Address spaces, checked by clang: Metal to C++ that keeps them, and what clang says.
+
+Address spaces stay in the text as macros for clang's attribute, over native types
+(`include/lint_types.hpp`). Of clang's messages only those count that are about address
+spaces, or about C++ newer than Metal's: all else is said by the real compilation, or
+comes from this translation being an approximate one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+
+from . import compilers
+from .tokens import Token, matching, matching_angle, render, split, tokenize
+from .translate import (
+    ADDRESS_SPACES,
+    _host_name,
+    _instantiated,
+    _is_scope_name,
+    _number,
+    _parameter_list,
+    _starts,
+    _Translator,
+    _without_qualifiers,
+)
+
+OLDEST_CLANG = 17
+VERSION = re.compile(r"clang version (\d+)")
+FLAGS = (
+    "-fsyntax-only",
+    "-x",
+    "c++",
+    "-std=c++17",
+    "-nostdinc",
+    "-fsigned-char",
+    "-fno-exceptions",
+    "-w",
+    "-ferror-limit=0",
+    "-ftemplate-backtrace-limit=0",
+    "-fno-caret-diagnostics",
+    "-fno-color-diagnostics",
+    "-fdiagnostics-show-option",
+)
+# Metal before version 4 is C++14. clang says what of C++17 is used.
+NEWER = ("-Wno-everything", "-Wpre-c++17-compat", "-Wc++20-extensions")
+# Of that, Apple's compiler takes these with a warning: kernels that MLX ships use them.
+ACCEPTED = ("constexpr if ", "'static_assert' with no message", "inline variables ")
+HEADER = '#include "lint_functions.hpp"\n'
+SCALARS = "bool|u?char|u?short|u?int|u?long|half|bfloat|float"
+VECTOR = re.compile(rf"(packed_)?({SCALARS})[234]")
+CASTS_FOLLOW = frozenset(("return", "case", "else"))
+
+
+@functools.cache
+def find_clang() -> tuple[str, ...] | None:
+    """The command of a clang that knows enough of address spaces, if there is one."""
+    versioned = [f"clang++-{number}" for number in range(22, OLDEST_CLANG - 1, -1)]
+    for name in ("clang++", *versioned):
+        if shutil.which(name) is None:
+            continue
+        result = subprocess.run([name, "--version"], capture_output=True, text=True)
+        version = VERSION.search(result.stdout)
+        if version and int(version[1]) >= OLDEST_CLANG:
+            return (name,)
+    zig = compilers.zig()
+    # `zig c++` has no use for -fsyntax-only, `zig clang` is clang itself.
+    return (*zig.command[:-1], "clang") if zig else None
+
+
+# ------------------------------------------------------------------------ translation
+class _Spaces(_Translator):
+    """Finds the kernels as the real translation does, and keeps the address spaces."""
+
+    def class_(
+        self,
+        tokens: list[Token],
+        start: int,
+        brace: int,
+        end: int,
+        stop: int,
+        path: str,
+        seen: set[str],
+    ) -> list[Token]:
+        body = self.scope(tokens[brace + 1 : end], path, inside_class=True)
+        return [*tokens[start : brace + 1], *body, *tokens[end : stop + 1]]
+
+    def declaration(
+        self, head: list[Token], body: list[Token] | None, path: str, seen: set[str]
+    ) -> list[Token]:
+        attributes = [t.text for t in head if t.kind == "attribute"]
+        plain = [t for t in head if t.kind != "attribute"]
+        explicit = _starts(plain, "template") and not _starts(plain[1:], "<")
+        if body is None and explicit and (name := _host_name(attributes)):
+            self.instances.append((name, _instantiated(plain), path, plain[0]))
+            return []
+        words = {t.text for t in plain}
+        if "kernel" in words or "kernel" in attributes:
+            if body is not None:
+                self.kernel(head, path)
+            plain = [t for t in plain if t.text != "kernel"]
+        if body is None and any(a.startswith("function_constant") for a in attributes):
+            end = plain[-1]
+            plain = [*plain[:-1], *(end.like(text, "mark") for text in ("=", "{", "}"))]
+            plain.append(end)
+        if body is None and "constant" in words and not words & {"const", "constexpr"}:
+            plain = _with_const(plain)
+        return [*_without_qualifiers(_decayed(plain)), *(body or [])]
+
+
+def _with_const(declaration: list[Token]) -> list[Token]:
+    """`constant T x = ...;` with the const that `constant` implies for a variable."""
+    first = declaration[0]
+    if first.text in ("using", "typedef", "template", "friend") or any(
+        t.text in ("*", "&", "(") for t in declaration
+    ):
+        return declaration
+    return [first.like("const"), *declaration]
+
+
+def _decayed(head: list[Token]) -> list[Token]:
+    """`f(constant int sizes[3])` with a pointer, as clang has no such parameters."""
+    try:
+        opening = _parameter_list(head)
+    except SyntaxError:
+        return head
+    closing = matching(head, opening)
+    parts: list[Token] = []
+    for part in split(head[opening + 1 : closing]):
+        texts = [t.text for t in part]
+        if parts:
+            parts.append(head[opening].like(",", "mark"))
+        if "[" in texts and ADDRESS_SPACES & set(texts) and not {"*", "&"} & set(texts):
+            name = texts.index("[") - 1
+            end = matching(part, name + 1) + 1
+            part = [*part[:name], part[0].like("*", "mark"), part[name], *part[end:]]
+        parts += part
+    return [*head[: opening + 1], *parts, *head[closing:]]
+
+
+def translate(preprocessed: str) -> str:
+    """The C++ text in which every kernel is instantiated and no address space lost."""
+    translator = _Spaces(cuda=False)
+    body = translator.scope(tokenize(preprocessed), "", inside_class=False)
+    out = [HEADER, "namespace msl {\n", render(_rewrite(body)), "}\n"]
+    out.append('#line 1 "instantiations"\n')
+    for number, entry in enumerate(translator.entries()):
+        spaces = "".join(f"namespace {n} {{ " for n in entry.namespace.split("::") if n)
+        end = " }" * spaces.count("{")
+        function = f"auto const msl_used_{number} = &{entry.function};"
+        out.append(f"namespace msl {{ {spaces}{function}{end} }}\n")
+    return "".join(out)
+
+
+def _rewrite(tokens: Sequence[Token]) -> list[Token]:
+    """What stands anywhere: literals, casts, vectors, threadgroup variables."""
+    tokens = [t for t in tokens if t.kind != "attribute"]
+    out: list[Token] = []
+    position = 0
+    while position < len(tokens):
+        token = tokens[position]
+        before = tokens[position - 1].text if position else ""
+        if token.kind == "number":
+            out.append(_number(token))
+        elif token.text == "::" and not _names_scope(out):
+            out += [token, token.like("msl"), token]
+        elif token.text == "threadgroup" and before in ("{", "}", ";"):
+            found, position = _variable(tokens, position)
+            out += found
+            continue
+        elif token.text == "coherent" and tokens[position + 1].text == "(":
+            position = matching(tokens, position + 1)
+        elif token.text in ADDRESS_SPACES - {"device", "constant", "threadgroup"}:
+            pass
+        elif end := _end_of_cast(tokens, position):
+            stop = _end_of_operand(tokens, end + 1)
+            type_ = tokens[position + 1 : end]
+            out += [token.like("msl_cast"), token.like("<", "mark"), *_rewrite(type_)]
+            out += [token.like(">", "mark"), token.like("(", "mark")]
+            out += [*_rewrite(tokens[end + 1 : stop]), token.like(")", "mark")]
+            position = stop
+            continue
+        elif end := _end_of_vector(tokens, position):
+            out += [token.like("msl_make"), token.like("<", "mark")]
+            out += [*tokens[position:end], token.like(">", "mark")]
+            position = end
+            continue
+        else:
+            out.append(token)
+        position += 1
+    return out
+
+
+def _names_scope(before: Sequence[Token]) -> bool:
+    """Whether a `::` after these tokens goes on with a name."""
+    last = before[-1].text if before else ""
+    if last == ")":
+        depth = place = 0
+        for place in range(len(before) - 1, -1, -1):
+            depth += before[place].text == ")"
+            depth -= before[place].text == "("
+            if depth == 0:
+                break
+        return place > 0 and before[place - 1].text == "decltype"
+    return last == ">>" or _is_scope_name(before)
+
+
+def _variable(tokens: Sequence[Token], start: int) -> tuple[list[Token], int]:
+    """`threadgroup T a[n], b;` as references into that space, and where it ends.
+
+    clang has no local variables in an address space.
+    """
+    end = start
+    while tokens[end].text != ";":
+        end = matching(tokens, end) if tokens[end].text in ("(", "{", "[") else end
+        end += 1
+    parts = split(tokens[start + 1 : end])
+    ends = (i for i, t in enumerate(parts[0]) if t.text in ("[", "="))
+    stop = next(ends, len(parts[0]))
+    if any(t.text in ("*", "&") for t in parts[0][:stop]):
+        return [tokens[start]], start + 1
+    out: list[Token] = []
+    for part in [parts[0][stop - 1 :], *parts[1:]]:
+        name = part[0]
+        sizes = part[1:]
+        if "=" in [t.text for t in sizes]:
+            sizes = sizes[: [t.text for t in sizes].index("=")]
+        alias = f"msl_type_of_{name.text}"
+        out += [name.like(f"using {alias} ="), *_rewrite(parts[0][: stop - 1])]
+        out += [*_rewrite(sizes), name.like(";", "mark")]
+        pointer = f"(threadgroup {alias}*)0"
+        out.append(name.like(f"threadgroup {alias}& {name.text} = *{pointer};", "mark"))
+    return out, end + 1
+
+
+def _end_of_cast(tokens: Sequence[Token], start: int) -> int | None:
+    """The `)` of a cast to a pointer with an address space, if one starts here."""
+    if tokens[start].text != "(" or start == 0:
+        return None
+    before = tokens[start - 1]
+    if before.kind in ("word", "number") and before.text not in CASTS_FOLLOW:
+        return None
+    if before.text in (")", "]", ">", "}"):
+        return None
+    end = matching(tokens, start)
+    inner = tokens[start + 1 : end]
+    spaces = any(t.text in ADDRESS_SPACES for t in inner)
+    if not spaces or inner[-1].text != "*" or end + 1 >= len(tokens):
+        return None
+    following = tokens[end + 1]
+    is_operand = following.kind in ("word", "number") or following.text in "(&*"
+    return end if is_operand else None
+
+
+def _end_of_operand(tokens: Sequence[Token], start: int) -> int:
+    """Where the operand of a cast ends: prefix operators, a name, what follows it."""
+    position = start
+    while tokens[position].kind == "mark" and tokens[position].text in "&*-~!::":
+        position += 1
+    if end := _end_of_cast(tokens, position):
+        return _end_of_operand(tokens, end + 1)
+    if tokens[position].text == "(":
+        position = matching(tokens, position)
+    position += 1
+    while position < len(tokens):
+        text = tokens[position].text
+        if text in ("(", "["):
+            position = matching(tokens, position) + 1
+        elif text in (".", "->", "::"):
+            position += 2
+        elif text == "<" and (end := _end_of_arguments(tokens, position)):
+            position = end + 1
+        elif text in ("++", "--"):
+            position += 1
+        else:
+            break
+    return position
+
+
+def _end_of_arguments(tokens: Sequence[Token], start: int) -> int | None:
+    """The `>` of template arguments that a call or a scope follows."""
+    try:
+        end = matching_angle(tokens, start)
+    except SyntaxError:
+        return None
+    return end if tokens[end + 1].text in ("(", "::") else None
+
+
+def _end_of_vector(tokens: Sequence[Token], start: int) -> int | None:
+    """Where the type of `float4(a, b)` or `vec<T, 4>(a, b)` ends, if one starts here."""
+    token, end = tokens[start], start + 1
+    if token.kind != "word" or end >= len(tokens):
+        return None
+    if token.text in ("vec", "packed_vec") and tokens[end].text == "<":
+        end = matching_angle(tokens, end) + 1
+    elif not VECTOR.fullmatch(token.text):
+        return None
+    if end >= len(tokens) or tokens[end].text != "(":
+        return None
+    if start and tokens[start - 1].text == "operator":
+        return None
+    parts = split(tokens[end + 1 : matching(tokens, end)])
+    return end if len(parts) > 1 else None
+
+
+# -------------------------------------------------------------------------- messages
+@dataclasses.dataclass
+class Diagnostic:
+    """One message of clang and the notes below it."""
+
+    file: str
+    line: int
+    kind: str
+    text: str
+    notes: list[Diagnostic] = dataclasses.field(default_factory=list)
+
+
+LINE = re.compile(r"(?P<file>.*?):(?P<line>\d+):\d+: (?P<kind>[a-z ]+): (?P<text>.*)")
+NAMES = {"0": "thread", "1": "device", "2": "constant", "3": "threadgroup"}
+SPACE = re.compile(r"address space '(\d)'")
+ATTRIBUTE = re.compile(r"__attribute__\(\(address_space\((\d)\)\)\)")
+ABOUT_SPACES = re.compile(
+    r"address.space|address spaces|\b(device|threadgroup|constant) [^']*'|msl_cast"
+)
+PASSES = re.compile(
+    r"cannot (?P<what>pass pointer to|bind reference in) (?P<from>.*?) "
+    r"(?:as a pointer to|to object in) (?P<to>.*?) in (?P<place>\w+) argument"
+)
+
+
+def check(preprocessed: str) -> list[Diagnostic]:
+    """What clang says about address spaces and newer C++ in this source.
+
+    Raises:
+        RuntimeError: no clang was found, or it failed without a message.
+    """
+    command = find_clang()
+    if command is None:
+        raise RuntimeError(
+            f"the lint needs clang {OLDEST_CLANG} or newer: `pip install ziglang` brings "
+            "one; compiler=False does without it, and without address spaces"
+        )
+    flags = [f for f in FLAGS if f != "-w"]
+    arguments = [*flags, *NEWER, "-isystem", str(compilers.INCLUDE), "-"]
+    result = subprocess.run(
+        [*command, *arguments],
+        input=translate(preprocessed),
+        capture_output=True,
+        text=True,
+    )
+    found = list(parse(result.stderr))
+    if result.returncode and not found:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
+    return found
+
+
+def parse(messages: str) -> Iterator[Diagnostic]:
+    """clang's messages, each with its notes."""
+    current: Diagnostic | None = None
+    for row in messages.splitlines():
+        match = LINE.match(row)
+        if match is None:
+            continue
+        one = Diagnostic(
+            match["file"], int(match["line"]), match["kind"], match["text"]
+        )
+        if one.kind != "note":
+            if current:
+                yield current
+            current = one
+        elif current:
+            current.notes.append(one)
+    if current:
+        yield current
+
+
+def meaning(diagnostic: Diagnostic) -> str | None:
+    """What a message means to the author of a kernel; None if it does not count."""
+    text = diagnostic.text
+    if diagnostic.kind == "warning":
+        return _newer(text)
+    if "fatal" in diagnostic.kind:
+        return _plain(text)
+    if "object parameter of type" in text:
+        return None  # a method's `this`, which this translation leaves to the thread
+    if re.match(
+        r"no matching (member )?function for call to '(simdgroup|atomic)_", text
+    ):
+        return _plain(text) + _why(diagnostic)
+    if "msl_cast" in text:
+        return "casts a pointer into another address space"
+    if re.match(r"no (matching|viable)|call to|invalid operands", text):
+        why = _why(diagnostic)
+        return _plain(text) + why if why else None
+    if re.search(r"address.space", text):
+        return _plain(text)
+    spaces = [set(_spaces(part)) for part in re.findall(r"'([^']*[*&])'", text)]
+    if len(spaces) > 1 and spaces[0] != spaces[1]:
+        return _plain(text)
+    return None
+
+
+def _newer(text: str) -> str | None:
+    text = re.sub(r" \[-W.*\]$", "", text)
+    if text.startswith(ACCEPTED):
+        return None
+    text = text.split("; ")[0]
+    what = re.sub(r" (is|are) (incompatible with C\+\+|a C\+\+).*", "", text)
+    return f"{what}: newer than C++14, which Metal is before version 4"
+
+
+def _spaces(type_: str) -> list[str]:
+    return re.findall(
+        r"\b(device|constant|threadgroup)\b", ATTRIBUTE.sub(_named, type_)
+    )
+
+
+def _named(match: re.Match[str]) -> str:
+    return NAMES.get(match[1], match[0])
+
+
+def _plain(text: str) -> str:
+    text = SPACE.sub(lambda m: f"address space `{NAMES.get(m[1], m[1])}`", text)
+    text = text.replace("generic address space", "address space `thread`")
+    return ATTRIBUTE.sub(_named, text)
+
+
+def _why(diagnostic: Diagnostic) -> str:
+    """The address spaces that keep a candidate from being called, in plain words."""
+    reasons = []
+    for note in diagnostic.notes:
+        if "(the implicit " in note.text or "'this' object" in note.text:
+            continue
+        if match := PASSES.search(note.text):
+            verb = "pointer" if "pointer" in match["what"] else "object"
+            asked = "pointer" if verb == "pointer" else "reference"
+            found, wanted = (_space_in(match[name]) for name in ("from", "to"))
+            if verb == "object":
+                # clang names the reference first, then what was passed.
+                found, wanted = wanted, found
+            reasons.append(
+                f"passes a `{found}` {verb} where a `{wanted}` {asked} is asked for "
+                f"({match['place']} argument)"
+            )
+    return f": {'; or '.join(dict.fromkeys(reasons))}" if reasons else ""
+
+
+def _space_in(text: str) -> str:
+    match = re.search(r"'(\d)'", text)
+    return NAMES.get(match[1], text) if match else "thread"
