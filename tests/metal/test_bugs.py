@@ -446,7 +446,10 @@ kernel void f(device int* out, constant packed_uint3& n,
 #endif
   out[i] = int(n[2]);
 }""",
-        lambda: (torch.zeros(64, dtype=torch.int32), torch.arange(3, dtype=torch.int32)),
+        lambda: (
+            torch.zeros(64, dtype=torch.int32),
+            torch.arange(3, dtype=torch.int32),
+        ),
         emulator.OutOfBoundsError,
         r"f: buffer 1 \(int32\[3\]\) has 12 bytes, the kernel's type has 16",
     ),

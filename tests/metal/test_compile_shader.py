@@ -66,7 +66,9 @@ def test_kernels_are_attributes_and_unknown_ones_raise(lib: emulator.Library) ->
     assert sorted(dir(lib)) == ["bytes", "copy", "full", "where"]
     assert lib.full.max_threads_per_threadgroup == 1024
     assert lib.full.thread_execution_width == 32
-    with pytest.raises(RuntimeError, match="Failed to create function state.*: nothing"):
+    with pytest.raises(
+        RuntimeError, match=r"Failed to create function state.*: nothing"
+    ):
         _ = lib.nothing
 
 
@@ -83,7 +85,9 @@ def test_offsets_are_honoured_and_strides_are_not(lib: emulator.Library) -> None
     lib.copy(base[::8], torch.zeros(17), threads=17)
     with (
         emulator.run(trace=True),
-        pytest.raises(emulator.OutOfBoundsError, match="buffer 0, byte offset 68 of 68"),
+        pytest.raises(
+            emulator.OutOfBoundsError, match="buffer 0, byte offset 68 of 68"
+        ),
     ):
         lib.copy(base[::8], torch.zeros(18), threads=18)
 
@@ -290,13 +294,22 @@ def test_a_wrapper_without_storage_is_refused(lib: emulator.Library) -> None:
     [
         ("kernel void f(device float* a) { a[0] = b; }", "program_source:1:.*'?b'?"),
         ("kernel void f(device float* a) { a[0] = 1; ", "is never closed"),
-        ("kernel void f(float a) {}", "program_source:1: the kernel's parameter 'float a'"),
-        ("kernel void f(device float* a [[threadgroup(0)]]) {}", "the kernel's parameter"),
-        ("// caf\u00e9\nkernel void f(device float* a) {}", "program_source:1: .*ASCII"),
+        (
+            "kernel void f(float a) {}",
+            "program_source:1: the kernel's parameter 'float a'",
+        ),
+        (
+            "kernel void f(device float* a [[threadgroup(0)]]) {}",
+            "the kernel's parameter",
+        ),
+        (
+            "// caf\u00e9\nkernel void f(device float* a) {}",
+            "program_source:1: .*ASCII",
+        ),
         ('#include "nothing_of_that_name.h"\n', "nothing_of_that_name.h"),
         ("#error no\n", "no"),
         (
-            'template <typename T> kernel void f(device T* a) { a[0] = T(0); }\n'
+            "template <typename T> kernel void f(device T* a) { a[0] = T(0); }\n"
             'template [[host_name("g")]] kernel void h<float>(device float* a);',
             "program_source:2: 'g' instantiates 'h', which is not a kernel",
         ),

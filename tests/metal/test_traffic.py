@@ -96,7 +96,9 @@ def test_contiguous_and_strided(lib: emulator.Library) -> None:
     loads, stores = counted(lib.contiguous, torch.zeros(128), torch.zeros(128))
     assert loads == (512, 16, 0, 0)
     assert stores == (0, 0, 512, 16)
-    loads, stores = counted(lib.strided, torch.zeros(1024), torch.zeros(128), threads=128)
+    loads, stores = counted(
+        lib.strided, torch.zeros(1024), torch.zeros(128), threads=128
+    )
     assert loads == (512, 128, 0, 0)
     assert stores == (0, 0, 512, 16)
 

@@ -89,7 +89,9 @@ class Run:
     launches: list[Launch] = dataclasses.field(default_factory=list)
 
 
-_current: contextvars.ContextVar[Run | None] = contextvars.ContextVar("run", default=None)
+_current: contextvars.ContextVar[Run | None] = contextvars.ContextVar(
+    "run", default=None
+)
 
 
 @contextlib.contextmanager
@@ -199,7 +201,9 @@ class _Argument:
 
 def _tensor_argument(tensor: torch.Tensor, position: int) -> _Argument:
     if tensor.dtype in (torch.float64, torch.complex128):
-        raise TypeError(f"argument {position} is {tensor.dtype}, which MPS does not have")
+        raise TypeError(
+            f"argument {position} is {tensor.dtype}, which MPS does not have"
+        )
     if tensor.layout != torch.strided or tensor.device.type != "cpu":
         raise RuntimeError(
             f"argument {position} is a {tensor.layout} tensor on {tensor.device}; here "
@@ -213,13 +217,15 @@ def _tensor_argument(tensor: torch.Tensor, position: int) -> _Argument:
     count = 0
     if tensor.numel():
         sizes = zip(tensor.shape, tensor.stride(), strict=True)
-        count = 1 + sum((size - 1) * stride for size, stride in sizes)
+        count = 1 + sum((int(n) - 1) * int(step) for n, step in sizes)
     size = tensor.element_size()
-    offset = tensor.storage_offset() * size
+    offset = int(tensor.storage_offset()) * size
     name = str(tensor.dtype).removeprefix("torch.")
     text = f"{name}{list(tensor.shape)}" + (f"+{offset}" if offset else "")
     storage = tensor.untyped_storage().data_ptr()
-    return _Argument(tensor.data_ptr(), count * size, offset % 64, storage, text, tensor)
+    return _Argument(
+        tensor.data_ptr(), count * size, offset % 64, storage, text, tensor
+    )
 
 
 def _pack(value: Any, cast: str, position: int) -> tuple[bytes, str]:
@@ -309,7 +315,9 @@ class Kernel:
             EmulationError: the kernel did something that Metal leaves undefined.
         """
         if len(args) > MAX_BUFFERS:
-            raise RuntimeError(f"{len(args)} arguments; Metal binds up to {MAX_BUFFERS}")
+            raise RuntimeError(
+                f"{len(args)} arguments; Metal binds up to {MAX_BUFFERS}"
+            )
         bound = [self._argument(value, i, arg_casts) for i, value in enumerate(args)]
         if threads is None:
             first = next((a for a in args if isinstance(a, torch.Tensor)), None)
@@ -320,8 +328,8 @@ class Kernel:
         limit = self.max_threads_per_threadgroup
         if group_size is None:
             # As torch has it: whole rows of two- and three-dimensional grids.
-            group = (min(limit, total[0]) if len(total) == 1 else limit,)
-            group += (1,) * (len(total) - 1)
+            first_size = min(limit, total[0]) if len(total) == 1 else limit
+            group = (first_size, *(1 for _ in total[1:]))
         else:
             group = _sizes(group_size, "group_size")
         if len(group) != len(total):
@@ -406,7 +414,11 @@ def _place(bound: list[_Argument]) -> tuple[list[_Region], list[_Buffer]]:
     merged: list[list[_Argument]] = []
     for argument in sorted(bound, key=lambda a: (a.storage, a.address)):
         end = max(a.address + a.bytes for a in merged[-1]) if merged else 0
-        if merged and merged[-1][0].storage == argument.storage and argument.address < end:
+        if (
+            merged
+            and merged[-1][0].storage == argument.storage
+            and argument.address < end
+        ):
             merged[-1].append(argument)
         else:
             merged.append([argument])

@@ -32,8 +32,28 @@ ADDRESS_SPACES = frozenset(
 ASSIGNMENTS = frozenset(("=", "+=", "-=", "*=", "/=", "%=", "&=", "|=", "^="))
 NO_FUNCTIONS = frozenset(("alignas", "decltype", "__attribute__", "noexcept"))
 BEFORE_TYPES = frozenset(
-    "using typename typedef const constexpr volatile static inline explicit friend "
-    "return case else do sizeof alignof operator public private protected".split()
+    [
+        "using",
+        "typename",
+        "typedef",
+        "const",
+        "constexpr",
+        "volatile",
+        "static",
+        "inline",
+        "explicit",
+        "friend",
+        "return",
+        "case",
+        "else",
+        "do",
+        "sizeof",
+        "alignof",
+        "operator",
+        "public",
+        "private",
+        "protected",
+    ]
 )
 SWIZZLE = re.compile(r"[xyzw]{2,4}")
 LITERAL = re.compile(r"((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)(h|H|bf|BF)?")
@@ -89,7 +109,9 @@ class Entry:
     @property
     def buffers(self) -> int:
         """How many buffer slots the kernel knows."""
-        return max([p.buffer + 1 for p in self.parameters if p.buffer is not None] + [0])
+        return max(
+            [p.buffer + 1 for p in self.parameters if p.buffer is not None] + [0]
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +156,10 @@ class _Translator:
                 )
             found.append(
                 dataclasses.replace(
-                    self.kernels[base], name=name, function=function, namespace=namespace
+                    self.kernels[base],
+                    name=name,
+                    function=function,
+                    namespace=namespace,
                 )
             )
         return found
@@ -223,11 +248,10 @@ class _Translator:
         head = _without_qualifiers(head)
         attributes = [t.text for t in head if t.kind == "attribute"]
         plain = [t for t in head if t.kind != "attribute"]
-        if body is None and _starts(plain, "template") and not _starts(plain[1:], "<"):
-            if name := _host_name(attributes):
-                function = _instantiated(plain)
-                self.instances.append((name, function, path, plain[0]))
-                return []
+        is_instance = _starts(plain, "template") and not _starts(plain[1:], "<")
+        if body is None and is_instance and (name := _host_name(attributes)):
+            self.instances.append((name, _instantiated(plain), path, plain[0]))
+            return []
         is_kernel = "kernel" in words or any(
             a.split(",")[0].strip() == "kernel" for a in attributes
         )
@@ -236,7 +260,10 @@ class _Translator:
         head = [t for t in head if t.text != "kernel" or t.kind == "attribute"]
         if body is None and any(a.startswith("function_constant") for a in attributes):
             # The host cannot set function constants, so none is ever defined.
-            return [*head[:-1], *(head[-1].like(t, "mark") for t in ("=", "{", "}", ";"))]
+            return [
+                *head[:-1],
+                *(head[-1].like(t, "mark") for t in ("=", "{", "}", ";")),
+            ]
         if body is not None and words & ADDRESS_SPACES:
             key = _signature(head)
             if key in seen:
@@ -293,7 +320,7 @@ def _kind_of(head: Sequence[Token], following: str) -> str:
     """What the block after `head` is: namespace, class, function or other."""
     rest = _without_template(head)
     texts = _outside_brackets(rest)
-    if "namespace" in texts[:2] or texts[:1] == ["extern"] and '"' in texts[1]:
+    if "namespace" in texts[:2] or (texts[:1] == ["extern"] and '"' in texts[1]):
         return "namespace"
     if "enum" in texts:
         return "other"
@@ -497,7 +524,9 @@ class _Body:
             end += 1
         parts = split(tokens[start + 1 : end])
         first = parts[0]
-        stop = next((i for i, t in enumerate(first) if t.text in ("[", "=")), len(first))
+        stop = next(
+            (i for i, t in enumerate(first) if t.text in ("[", "=")), len(first)
+        )
         kind = first[: stop - 1]
         last = [t.text for t in kind if t.text != "const"][-1:]
         if last in (["*"], ["&"]) or first[stop - 1].text == ")":
