@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from . import lint_spaces
+from . import lint_messages, lint_spaces
 from .compilers import preprocess
 from .lint_rules import Options, Problem, problems
 
@@ -108,7 +108,7 @@ def _compiler_problems(
 ) -> set[Problem]:
     found = set()
     for diagnostic in lint_spaces.check(preprocessed):
-        message = lint_spaces.meaning(diagnostic)
+        message = lint_messages.meaning(diagnostic)
         if message is None:
             continue
         # A message inside a header belongs to the line that led there.

@@ -36,12 +36,14 @@ LIBC = frozenset(
 WIDE = re.compile(r"(bool|half|bfloat|float|u?char|u?short|u?int|u?long)(8|16)")
 LONG_DOUBLE = re.compile(r"(\d+\.\d*|\.\d+|\d+)([eE][+-]?\d+)?[lL]")
 NOT_TYPES = frozenset(
-    ("return", "case", "else", "do", "goto", "delete", "throw", "if", "for", "while")
-    + ("switch", "break", "continue")
+    re.findall(
+        r"\w+", "return case else do goto delete throw if for while switch break"
+    )
 )
 NO_VARIABLES = frozenset(
-    ("using", "typedef", "template", "friend", "enum", "struct", "class", "union")
-    + ("namespace", "extern", "operator")
+    re.findall(
+        r"\w+", "using typedef template friend enum struct class union namespace"
+    )
 )
 ID_TYPES = ("ushort", "uint", "uint16_t", "uint32_t")
 WRONG_ID = re.compile(
@@ -132,7 +134,7 @@ def _word(tokens: Sequence[Token], position: int, declared: set[str]) -> Found:
     before = tokens[position - 1].text if position else ""
     after = tokens[position + 1].text if position + 1 < len(tokens) else ""
     if token.text in WORDS:
-        if not (token.text in ("new", "delete") and before in ("=", "operator")):
+        if before != "operator" and (token.text, before) != ("delete", "="):
             yield token, WORDS[token.text]
     elif token.text == "std" and after == "::":
         yield token, "`std::`: Metal's library is in `metal::`"

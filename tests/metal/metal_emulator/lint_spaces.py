@@ -1,21 +1,20 @@
 """Address spaces, checked by clang: Metal to C++ that keeps them, and what clang says.
 
 Address spaces stay in the text as macros for clang's attribute, over native types
-(`include/lint_types.hpp`). Of clang's messages only those count that are about address
-spaces, or about C++ newer than Metal's: all else is said by the real compilation, or
-comes from this translation being an approximate one.
+(`include/lint_types.hpp`); `lint_messages.py` says which of clang's messages count.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from . import compilers
+from .lint_messages import Diagnostic, parse
 from .tokens import Token, matching, matching_angle, render, split, tokenize
 from .translate import (
     ADDRESS_SPACES,
@@ -39,7 +38,6 @@ FLAGS = (
     "-nostdinc",
     "-fsigned-char",
     "-fno-exceptions",
-    "-w",
     "-ferror-limit=0",
     "-ftemplate-backtrace-limit=0",
     "-fno-caret-diagnostics",
@@ -48,8 +46,6 @@ FLAGS = (
 )
 # Metal before version 4 is C++14. clang says what of C++17 is used.
 NEWER = ("-Wno-everything", "-Wpre-c++17-compat", "-Wc++20-extensions")
-# Of that, Apple's compiler takes these with a warning: kernels that MLX ships use them.
-ACCEPTED = ("constexpr if ", "'static_assert' with no message", "inline variables ")
 HEADER = '#include "lint_functions.hpp"\n'
 SCALARS = "bool|u?char|u?short|u?int|u?long|half|bfloat|float"
 VECTOR = re.compile(rf"(packed_)?({SCALARS})[234]")
@@ -59,14 +55,15 @@ CASTS_FOLLOW = frozenset(("return", "case", "else"))
 @functools.cache
 def find_clang() -> tuple[str, ...] | None:
     """The command of a clang that knows enough of address spaces, if there is one."""
-    versioned = [f"clang++-{number}" for number in range(22, OLDEST_CLANG - 1, -1)]
-    for name in ("clang++", *versioned):
-        if shutil.which(name) is None:
+    named = os.environ.get("METAL_EMULATOR_CXX", "clang++").split()
+    versioned = [[f"clang++-{number}"] for number in range(22, OLDEST_CLANG - 1, -1)]
+    for command in (named, ["clang++"], *versioned):
+        if shutil.which(command[0]) is None:
             continue
-        result = subprocess.run([name, "--version"], capture_output=True, text=True)
+        result = subprocess.run([*command, "--version"], capture_output=True, text=True)
         version = VERSION.search(result.stdout)
-        if version and int(version[1]) >= OLDEST_CLANG:
-            return (name,)
+        if version and "ziglang" not in command and int(version[1]) >= OLDEST_CLANG:
+            return tuple(command)
     zig = compilers.zig()
     # `zig c++` has no use for -fsyntax-only, `zig clang` is clang itself.
     return (*zig.command[:-1], "clang") if zig else None
@@ -99,7 +96,8 @@ class _Spaces(_Translator):
             self.instances.append((name, _instantiated(plain), path, plain[0]))
             return []
         words = {t.text for t in plain}
-        if "kernel" in words or "kernel" in attributes:
+        named = {a.split(",")[0].strip() for a in attributes}
+        if "kernel" in words | named:
             if body is not None:
                 self.kernel(head, path)
             plain = [t for t in plain if t.text != "kernel"]
@@ -291,7 +289,7 @@ def _end_of_arguments(tokens: Sequence[Token], start: int) -> int | None:
 
 
 def _end_of_vector(tokens: Sequence[Token], start: int) -> int | None:
-    """Where the type of `float4(a, b)` or `vec<T, 4>(a, b)` ends, if one starts here."""
+    """Where the type of `float4(a, b)` or `vec<T, 4>(a)` ends, if one starts here."""
     token, end = tokens[start], start + 1
     if token.kind != "word" or end >= len(tokens):
         return None
@@ -303,35 +301,10 @@ def _end_of_vector(tokens: Sequence[Token], start: int) -> int | None:
         return None
     if start and tokens[start - 1].text == "operator":
         return None
-    parts = split(tokens[end + 1 : matching(tokens, end)])
-    return end if len(parts) > 1 else None
+    return end
 
 
-# -------------------------------------------------------------------------- messages
-@dataclasses.dataclass
-class Diagnostic:
-    """One message of clang and the notes below it."""
-
-    file: str
-    line: int
-    kind: str
-    text: str
-    notes: list[Diagnostic] = dataclasses.field(default_factory=list)
-
-
-LINE = re.compile(r"(?P<file>.*?):(?P<line>\d+):\d+: (?P<kind>[a-z ]+): (?P<text>.*)")
-NAMES = {"0": "thread", "1": "device", "2": "constant", "3": "threadgroup"}
-SPACE = re.compile(r"address space '(\d)'")
-ATTRIBUTE = re.compile(r"__attribute__\(\(address_space\((\d)\)\)\)")
-ABOUT_SPACES = re.compile(
-    r"address.space|address spaces|\b(device|threadgroup|constant) [^']*'|msl_cast"
-)
-PASSES = re.compile(
-    r"cannot (?P<what>pass pointer to|bind reference in) (?P<from>.*?) "
-    r"(?:as a pointer to|to object in) (?P<to>.*?) in (?P<place>\w+) argument"
-)
-
-
+# ------------------------------------------------------------------------------ check
 def check(preprocessed: str) -> list[Diagnostic]:
     """What clang says about address spaces and newer C++ in this source.
 
@@ -344,8 +317,7 @@ def check(preprocessed: str) -> list[Diagnostic]:
             f"the lint needs clang {OLDEST_CLANG} or newer: `pip install ziglang` brings "
             "one; compiler=False does without it, and without address spaces"
         )
-    flags = [f for f in FLAGS if f != "-w"]
-    arguments = [*flags, *NEWER, "-isystem", str(compilers.INCLUDE), "-"]
+    arguments = [*FLAGS, *NEWER, "-isystem", str(compilers.INCLUDE), "-"]
     result = subprocess.run(
         [*command, *arguments],
         input=translate(preprocessed),
@@ -356,99 +328,3 @@ def check(preprocessed: str) -> list[Diagnostic]:
     if result.returncode and not found:
         raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
     return found
-
-
-def parse(messages: str) -> Iterator[Diagnostic]:
-    """clang's messages, each with its notes."""
-    current: Diagnostic | None = None
-    for row in messages.splitlines():
-        match = LINE.match(row)
-        if match is None:
-            continue
-        one = Diagnostic(
-            match["file"], int(match["line"]), match["kind"], match["text"]
-        )
-        if one.kind != "note":
-            if current:
-                yield current
-            current = one
-        elif current:
-            current.notes.append(one)
-    if current:
-        yield current
-
-
-def meaning(diagnostic: Diagnostic) -> str | None:
-    """What a message means to the author of a kernel; None if it does not count."""
-    text = diagnostic.text
-    if diagnostic.kind == "warning":
-        return _newer(text)
-    if "fatal" in diagnostic.kind:
-        return _plain(text)
-    if "object parameter of type" in text:
-        return None  # a method's `this`, which this translation leaves to the thread
-    if re.match(
-        r"no matching (member )?function for call to '(simdgroup|atomic)_", text
-    ):
-        return _plain(text) + _why(diagnostic)
-    if "msl_cast" in text:
-        return "casts a pointer into another address space"
-    if re.match(r"no (matching|viable)|call to|invalid operands", text):
-        why = _why(diagnostic)
-        return _plain(text) + why if why else None
-    if re.search(r"address.space", text):
-        return _plain(text)
-    spaces = [set(_spaces(part)) for part in re.findall(r"'([^']*[*&])'", text)]
-    if len(spaces) > 1 and spaces[0] != spaces[1]:
-        return _plain(text)
-    return None
-
-
-def _newer(text: str) -> str | None:
-    text = re.sub(r" \[-W.*\]$", "", text)
-    if text.startswith(ACCEPTED):
-        return None
-    text = text.split("; ")[0]
-    what = re.sub(r" (is|are) (incompatible with C\+\+|a C\+\+).*", "", text)
-    return f"{what}: newer than C++14, which Metal is before version 4"
-
-
-def _spaces(type_: str) -> list[str]:
-    return re.findall(
-        r"\b(device|constant|threadgroup)\b", ATTRIBUTE.sub(_named, type_)
-    )
-
-
-def _named(match: re.Match[str]) -> str:
-    return NAMES.get(match[1], match[0])
-
-
-def _plain(text: str) -> str:
-    text = SPACE.sub(lambda m: f"address space `{NAMES.get(m[1], m[1])}`", text)
-    text = text.replace("generic address space", "address space `thread`")
-    return ATTRIBUTE.sub(_named, text)
-
-
-def _why(diagnostic: Diagnostic) -> str:
-    """The address spaces that keep a candidate from being called, in plain words."""
-    reasons = []
-    for note in diagnostic.notes:
-        if "(the implicit " in note.text or "'this' object" in note.text:
-            continue
-        if match := PASSES.search(note.text):
-            verb = "pointer" if "pointer" in match["what"] else "object"
-            asked = "pointer" if verb == "pointer" else "reference"
-            found, wanted = (_space_in(match[name]) for name in ("from", "to"))
-            if verb == "object":
-                # clang names the reference first, then what was passed.
-                found, wanted = wanted, found
-            reasons.append(
-                f"passes a `{found}` {verb} where a `{wanted}` {asked} is asked for "
-                f"({match['place']} argument)"
-            )
-    return f": {'; or '.join(dict.fromkeys(reasons))}" if reasons else ""
-
-
-def _space_in(text: str) -> str:
-    match = re.search(r"'(\d)'", text)
-    return NAMES.get(match[1], text) if match else "thread"

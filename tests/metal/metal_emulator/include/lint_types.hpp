@@ -55,10 +55,6 @@ MSL_VECTOR_NAMES(bfloat)
 MSL_VECTOR_NAMES(float)
 #undef MSL_VECTOR_NAMES
 
-// `float4(a, b.xy, c)`, which clang writes with braces only.
-template <class Vector, class... Parts>
-constexpr Vector msl_make(Parts... parts);
-
 // ---------------------------------------------------------------- traits
 
 namespace metal {
@@ -188,6 +184,13 @@ template <class T>
 constexpr bool is_pointer<T*> = true;
 
 }  // namespace detail
+
+// `float4(a, b.xy, c)` and `float4(half4)`, for which clang has other spellings. Which
+// value comes out is of no interest.
+template <class Vector, class... Parts>
+constexpr Vector msl_make(Parts...) {
+    return Vector(0);
+}
 
 template <class T>
 using element_type = typename detail::shape<T>::element;
