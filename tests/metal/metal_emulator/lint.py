@@ -2,7 +2,7 @@
 
 Two layers look for it:
 
-- rules on tokens (`lint_rules.py`): pointers and references without an address space,
+- rules on tokens (`lint_rules.py`, `lint_kernels.py`): pointers and references without an address space,
   words and functions that Metal does not have, recursion, lambdas before Metal 3.2,
   variables in places that their address space forbids, kernels' signatures, and what
   torch.mps.compile_shader cannot serve (function constants, threadgroup arguments);
@@ -17,7 +17,10 @@ to say it of plain C++:
 - copies of a user's structures from one address space to another, which Metal allows
   and clang refuses;
 - pointers in parts of an expression that this translation cannot give a type;
-- templates that no kernel instantiates, as far as types depend on their parameters.
+- templates that no kernel instantiates, as far as types depend on their parameters;
+- recursion through overloads, class templates, and templates with `if constexpr`, where
+  tokens do not tell which function is meant;
+- the second address space of a pointer to a pointer: MLX's kernels leave it out.
 
 Allowed though newer than C++14, since Apple's compiler only warns of them and kernels
 that MLX ships use them: `if constexpr`, inline variables, static_assert without a text.

@@ -11,6 +11,8 @@ from .compilers import INCLUDE
 from .tokens import Token, matching, matching_angle, split, text_of
 from .translate import _is_access, _kind_of, _parameter_list, _without_template
 
+Found = Iterator[tuple[Token, str]]
+POINTERS = frozenset(("*", "&", "&&"))
 CLASS_KEYS = frozenset(("struct", "class", "union"))
 NOT_CALLS = frozenset(("if", "for", "while", "switch", "return", "sizeof", "decltype"))
 

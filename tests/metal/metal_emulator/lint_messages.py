@@ -71,7 +71,7 @@ def meaning(diagnostic: Diagnostic) -> str | None:
     if re.match(
         r"no matching (member )?function for call to '(simdgroup|atomic)_", text
     ):
-        return _plain(text) + _why(diagnostic)
+        return _plain(text) + (_why(diagnostic) or _conflict(diagnostic))
     if "msl_cast" in text:
         return "casts a pointer into another address space"
     if re.match(r"no (matching|viable)|call to|invalid operands", text):
@@ -136,6 +136,14 @@ def _why(diagnostic: Diagnostic) -> str:
                 f"({match['place']} argument)"
             )
     return f": {'; or '.join(dict.fromkeys(reasons))}" if reasons else ""
+
+
+def _conflict(diagnostic: Diagnostic) -> str:
+    """Types of two arguments that should be one, if that is why no candidate fits."""
+    for note in diagnostic.notes:
+        if match := re.search(r"conflicting types for parameter .*", note.text):
+            return f": {_plain(match[0])}"
+    return ""
 
 
 def _space_in(text: str) -> str:

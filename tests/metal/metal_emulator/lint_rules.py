@@ -5,13 +5,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from .lint_declarations import Declaration, declarations, end_of_angle, recursion
+from .lint_declarations import (
+    POINTERS,
+    Declaration,
+    Found,
+    declarations,
+    end_of_angle,
+    recursion,
+)
+from .lint_kernels import kernel
 from .tokens import Token, matching, split, text_of, tokenize
-from .translate import ADDRESS_SPACES, INDEXED, SCALARS, VECTORS
+from .translate import ADDRESS_SPACES
 
-POINTERS = frozenset(("*", "&", "&&"))
 WORDS = {
     "double": "`double` does not exist in Metal",
     "throw": "`throw`: Metal has no exceptions",
@@ -45,13 +52,6 @@ NO_VARIABLES = frozenset(
         r"\w+", "using typedef template friend enum struct class union namespace"
     )
 )
-ID_TYPES = ("ushort", "uint", "uint16_t", "uint32_t")
-WRONG_ID = re.compile(
-    r"(bool|char|uchar|short|int|long|ulong|half|bfloat|float|size_t|int16_t|int32_t)[234]?"
-    r"|(uint|ushort)4"
-)
-WRONG_SCALAR_ID = re.compile(WRONG_ID.pattern + r"|(uint|ushort)[23]")
-MAX_BUFFER = 30
 LAMBDAS = 320
 
 
@@ -74,9 +74,6 @@ class Options:
     language_version: int = 310
     function_constants: bool = False
     threadgroup_arguments: bool = False
-
-
-Found = Iterator[tuple[Token, str]]
 
 
 def problems(preprocessed: str, options: Options) -> set[Problem]:
@@ -264,7 +261,7 @@ def _function(one: Declaration, options: Options) -> Found:
         yield from _by_value(plain)
     if one.body is not None:
         if one.is_kernel:
-            yield from _kernel(one, options)
+            yield from kernel(one, options.threadgroup_arguments)
         yield from _body(one.body, one.is_kernel)
 
 
@@ -273,76 +270,6 @@ def _by_value(parameter: Sequence[Token]) -> Found:
     texts = {t.text for t in parameter}
     if spaces and not texts & {"*", "&", "&&", "[", "(", "<"}:
         yield spaces[0], f"a parameter by value cannot be in `{spaces[0].text}`"
-
-
-# ------------------------------------------------------------------------- kernels
-def _kernel(one: Declaration, options: Options) -> Found:
-    words = [t.text for t in one.result if t.text not in ("kernel", "static", "inline")]
-    if words != ["void"]:
-        yield one.where, f"a kernel returns void, not `{' '.join(words)}`"
-    taken: dict[int, Token] = {}
-    sizes: dict[str, Token] = {}
-    for parameter in one.parameters:
-        yield from _kernel_parameter(parameter, taken, sizes, options)
-    if len(sizes) > 1:
-        yield (
-            one.where,
-            "the kernel's positions are of 2 and of 3 components: all its position "
-            "vectors must have as many",
-        )
-
-
-def _kernel_parameter(
-    parameter: Sequence[Token],
-    taken: dict[int, Token],
-    sizes: dict[str, Token],
-    options: Options,
-) -> Found:
-    plain = [t for t in parameter if t.kind != "attribute"]
-    attributes = [t.text for t in parameter if t.kind == "attribute"]
-    words = [t.text for t in plain if t.kind == "word"]
-    name = plain[-1]
-    points = any(t.text in POINTERS or t.text == "[" for t in plain)
-    if points and "thread" in words:
-        yield name, "a kernel's argument cannot be in `thread`"
-    sized = any(a.startswith("threadgroup (") for a in attributes)
-    if ("threadgroup" in words or sized) and not options.threadgroup_arguments:
-        yield (
-            name,
-            "threadgroup memory as an argument: torch.mps.compile_shader cannot give it "
-            "a size; declare an array in the kernel",
-        )
-    if not attributes and not points:
-        yield (
-            name,
-            f"the kernel's parameter `{name.text}` is neither a buffer nor has it an "
-            "attribute such as [[thread_position_in_grid]]",
-        )
-    for attribute in (part for a in attributes for part in re.split(r"\s*,\s*", a)):
-        indexed = INDEXED.match(attribute)
-        if indexed and indexed[1] == "buffer":
-            index = int(indexed[2])
-            if index > MAX_BUFFER:
-                yield name, f"[[buffer({index})]]: Metal has buffers 0 to {MAX_BUFFER}"
-            if index in taken:
-                yield name, f"[[buffer({index})]] is taken by `{taken[index].text}`"
-            taken.setdefault(index, name)
-        yield from _identifier(attribute, plain, sizes)
-
-
-def _identifier(
-    attribute: str, plain: Sequence[Token], sizes: dict[str, Token]
-) -> Found:
-    """The type of a position, an index or a size that Metal fills in."""
-    if attribute not in VECTORS and attribute not in SCALARS:
-        return
-    types = [t.text for t in plain[:-1] if t.text not in ("const", "thread")]
-    wrong = WRONG_ID if attribute in VECTORS else WRONG_SCALAR_ID
-    if len(types) == 1 and wrong.fullmatch(types[0]):
-        wanted = "uint or ushort" + (", or a vector of 2 or 3" * (attribute in VECTORS))
-        yield plain[-1], f"[[{attribute}]] is {wanted}, not `{types[0]}`"
-    elif len(types) == 1 and attribute in VECTORS and types[0][:-1] in ID_TYPES:
-        sizes.setdefault(types[0][-1], plain[-1])
 
 
 # -------------------------------------------------------------------------- bodies

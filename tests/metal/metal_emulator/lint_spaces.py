@@ -7,10 +7,12 @@ Address spaces stay in the text as macros for clang's attribute, over native typ
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 
 from . import compilers
@@ -64,9 +66,14 @@ def find_clang() -> tuple[str, ...] | None:
         version = VERSION.search(result.stdout)
         if version and "ziglang" not in command and int(version[1]) >= OLDEST_CLANG:
             return tuple(command)
-    zig = compilers.zig()
-    # `zig c++` has no use for -fsyntax-only, `zig clang` is clang itself.
-    return (*zig.command[:-1], "clang") if zig else None
+    return zig_clang()
+
+
+def zig_clang() -> tuple[str, ...] | None:
+    """The clang in the `ziglang` package; `zig c++` itself has no -fsyntax-only."""
+    if importlib.util.find_spec("ziglang") is None:
+        return None
+    return (sys.executable, "-m", "ziglang", "clang")
 
 
 # ------------------------------------------------------------------------ translation
