@@ -8,13 +8,16 @@ import hashlib
 import importlib.util
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from elftools.dwarf.lineprogram import LineProgram
+from elftools.elf.elffile import ELFFile
 
 HERE = Path(__file__).parent
 INCLUDE = HERE / "include"
@@ -51,9 +54,10 @@ KERNEL = [
     "-fsanitize=alignment,bounds,shift,integer-divide-by-zero,signed-integer-overflow",
 ]
 TRACED = ["-fsanitize=thread", "-DMSL_TRACE"]
+DAYS_KEPT = 30  # an unused build
 INSTALL = (
-    "no C++ compiler was found: install clang or g++, or `pip install ziglang` (clang in "
-    "a wheel), or name one in METAL_EMULATOR_CXX"
+    "no C++ compiler that serves was found: install clang >= 14 or g++ >= 12, or `pip "
+    "install ziglang` (clang in a wheel), or name one in METAL_EMULATOR_CXX"
 )
 
 
@@ -110,7 +114,18 @@ def _probe(command: Sequence[str]) -> Compiler | None:
         return None
     version = result.stdout.splitlines()[0]
     kind = "zig" if "ziglang" in command else "clang" if "clang" in version else "gcc"
-    return Compiler(tuple(command), kind, version)
+    found = Compiler(tuple(command), kind, version)
+    flags = [*LANGUAGE, *KERNEL, *found.flags, *found.traced]
+    # An old compiler does not know every flag: the next one may. (zig takes
+    # -fsyntax-only for a program to link, and builds a whole C++ library for it.)
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch, "empty.cpp")
+        source.write_text("int f();\n")
+        try:
+            found.run([*flags, "-c", str(source), "-o", f"{scratch}/empty.o"])
+        except SyntaxError:
+            return None
+    return found
 
 
 @functools.cache
@@ -143,6 +158,9 @@ def cache() -> Path:
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     path = Path(os.environ.get("METAL_EMULATOR_CACHE", default / "metal_emulator"))
     path.mkdir(parents=True, exist_ok=True)
+    for old in path.glob("*.so"):
+        if time.time() - old.stat().st_mtime > DAYS_KEPT * 86400:
+            old.unlink(missing_ok=True)
     return path
 
 
@@ -195,6 +213,7 @@ def build(text: str, *, traced: bool = False) -> Path:
     link = [*compiler.link, str(library)]
     path = cache() / f"{_key(compiler, [*flags, *link], text)}.so"
     if path.exists():
+        path.touch()
         return path
     with tempfile.TemporaryDirectory(dir=cache()) as scratch:
         source, middle = Path(scratch, "kernels.cpp"), Path(scratch, "kernels.o")
@@ -213,27 +232,47 @@ def runtime() -> Path:
     flags = [*visible, "-O2", "-U_FORTIFY_SOURCE", *compiler.link]
     sources = sorted(str(path) for path in RUNTIME.glob("*.cpp"))
     path = cache() / f"runtime-{_key(compiler, flags, '')}.so"
-    if not path.exists():
+    if path.exists():
+        path.touch()
+    else:
         with tempfile.TemporaryDirectory(dir=cache()) as scratch:
             compiler.run([*flags, *sources, "-o", f"{scratch}/runtime.so"])
             os.replace(f"{scratch}/runtime.so", path)
     return path
 
 
-def locate(program_counter: int, library: Path, base: int) -> str | None:
-    """The source's `file:line` of an instruction, where a tool that knows is there."""
-    offset = hex(program_counter - base)
-    for tool, arguments in (
-        ("addr2line", ["-i", "-e", str(library), offset]),
-        ("llvm-symbolizer", ["--obj=" + str(library), offset]),
-    ):
-        if shutil.which(tool) is None:
-            continue
-        result = subprocess.run([tool, *arguments], capture_output=True, text=True)
-        # The innermost place that is not one of our headers.
-        for line in result.stdout.splitlines():
-            place = re.match(r"(.+):(\d+)", line)
-            if place and place[1] != "??" and str(INCLUDE) not in place[1]:
-                file = place[1].removeprefix(f"{library.parent}/")
-                return f"{os.path.basename(file)}:{place[2]}"
+def locate(offset: int, library: Path) -> str | None:
+    """The source's `file:line` of the instruction at `offset` in a unit.
+
+    The last line before it that is not one of our headers, which are inlined. None
+    where the debug information is not in the file itself (macOS).
+    """
+    with library.open("rb") as file:
+        if file.read(4) != b"\x7fELF":
+            return None
+        dwarf = ELFFile(file).get_dwarf_info()
+        for unit in dwarf.iter_CUs():
+            program = dwarf.line_program_for_CU(unit)
+            if program is None:
+                continue
+            found, address = None, 0
+            for state in (entry.state for entry in program.get_entries()):
+                if state is None:
+                    continue
+                if found and address <= offset < state.address:
+                    return found
+                name = _file_name(program, state.file)
+                address = state.address
+                if state.end_sequence:
+                    found = None
+                elif not name.startswith(str(INCLUDE)):
+                    found = f"{os.path.basename(name)}:{state.line}"
     return None
+
+
+def _file_name(program: LineProgram, index: int) -> str:
+    entry = program["file_entry"][index - 1]
+    folder = b""
+    if entry.dir_index:
+        folder = program["include_directory"][entry.dir_index - 1]
+    return os.path.join(folder, entry.name).decode()

@@ -199,15 +199,15 @@ class _Argument:
     keep: object
 
 
-def _tensor_argument(tensor: torch.Tensor, position: int) -> _Argument:
+def _tensor_argument(tensor: torch.Tensor, position: int, device: str) -> _Argument:
     if tensor.dtype in (torch.float64, torch.complex128):
         raise TypeError(
             f"argument {position} is {tensor.dtype}, which MPS does not have"
         )
-    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+    if tensor.layout != torch.strided or tensor.device.type != device:
         raise RuntimeError(
             f"argument {position} is a {tensor.layout} tensor on {tensor.device}; here "
-            "dense CPU tensors stand for those on MPS"
+            f"dense {device.upper()} tensors stand for those on MPS"
         )
     if tensor.numel() and not tensor.data_ptr():
         raise RuntimeError(
@@ -280,6 +280,7 @@ class Kernel:
     """One kernel of a library, called as torch's is."""
 
     thread_execution_width = 32
+    _device = "cpu"
 
     def __init__(self, library: Library, entry: Entry) -> None:
         self._library, self._entry = library, entry
@@ -348,7 +349,7 @@ class Kernel:
         self, value: Any, position: int, casts: str | Mapping[int, str] | None
     ) -> _Argument:
         if isinstance(value, torch.Tensor):
-            return _tensor_argument(value, position)
+            return _tensor_argument(value, position, self._device)
         cast = casts if isinstance(casts, str) else (casts or {}).get(position, "")
         return _value_argument(value, cast, position)
 
@@ -404,7 +405,7 @@ class Kernel:
         kind = FAILURES[request.failure] or EmulationError
         message = f"{self.name}: {request.message.decode(errors='replace')}"
         if request.program_counter:
-            place = compilers.locate(request.program_counter, unit.path, unit.base)
+            place = compilers.locate(request.program_counter - unit.base, unit.path)
             message += f"; {place}" if place else ""
         raise kind(message)
 
@@ -477,15 +478,19 @@ class Library:
     with hundreds of instantiations costs what a test uses of it.
     """
 
+    _cuda = False
+    _headers = HEADERS
+    _kernel: type[Kernel] = Kernel
+
     def __init__(self, preprocessed: str) -> None:
-        translation = translate(preprocessed)
-        self._text = HEADERS + translation.text
+        translation = translate(preprocessed, cuda=self._cuda)
+        self._text = self._headers + translation.text
         self._entries = {entry.name: entry for entry in translation.entries}
         if len(self._entries) < len(translation.entries):
             names = [entry.name for entry in translation.entries]
             twice = sorted({name for name in names if names.count(name) > 1})
             raise SyntaxError(f"kernels that are defined twice: {', '.join(twice)}")
-        self._units: dict[tuple[int, bool], _Unit] = {}
+        self._units: dict[tuple[int, bool], Any] = {}
 
     def __dir__(self) -> list[str]:
         return list(self._entries)
@@ -495,7 +500,7 @@ class Library:
             raise AttributeError(name)
         if name not in self._entries:
             raise RuntimeError(f"Failed to create function state object for: {name}")
-        return Kernel(self, self._entries[name])
+        return self._kernel(self, self._entries[name])
 
     def build(self, *, trace: bool = False, workers: int = 2) -> Library:
         """Compile all units now, several at a time."""
@@ -504,15 +509,25 @@ class Library:
             list(pool.map(lambda entry: self._unit(entry, trace), first))
         return self
 
-    def _unit(self, entry: Entry, traced: bool) -> _Unit:
+    def _unit(self, entry: Entry, traced: bool) -> Any:
         entries = list(self._entries.values())
         number = entries.index(entry) // KERNELS_PER_UNIT
         if (number, traced) not in self._units:
             start = number * KERNELS_PER_UNIT
             chosen = entries[start : start + KERNELS_PER_UNIT]
-            text = self._text + entry_points(chosen)
-            self._units[number, traced] = _Unit(compilers.build(text, traced=traced))
+            self._units[number, traced] = self._compile(chosen, traced)
         return self._units[number, traced]
+
+    def _compile(self, entries: Sequence[Entry], traced: bool) -> Any:
+        text = self._text + entry_points(entries)
+        return _Unit(compilers.build(text, traced=traced))
+
+    def _compile_first(self) -> None:
+        """Compile something now, so that a broken source is known at once."""
+        if self._entries:
+            self._unit(next(iter(self._entries.values())), False)
+        else:
+            self._compile([], False)
 
 
 def compile_shader(
@@ -535,6 +550,18 @@ def compile_shader(
     Raises:
         SyntaxError: the source does not compile; the text is the compiler's.
     """
+    library = Library(_preprocessed(source, include_dirs, defines, language_version))
+    library._compile_first()
+    return library
+
+
+def _preprocessed(
+    source: str,
+    include_dirs: Sequence[str | Path],
+    defines: Sequence[str],
+    language_version: int,
+) -> str:
+    """The source with torch's headers inlined, its includes and macros expanded."""
     for number, line in enumerate(source.split("\n"), 1):
         if not line.isascii():
             raise SyntaxError(
@@ -546,17 +573,9 @@ def compile_shader(
         [Path(torch.__file__).parent / "include"],
         set(),
     )
-    library = Library(
-        compilers.preprocess(
-            embedded,
-            include_dirs=include_dirs,
-            defines=defines,
-            language_version=language_version,
-        )
+    return compilers.preprocess(
+        embedded,
+        include_dirs=include_dirs,
+        defines=defines,
+        language_version=language_version,
     )
-    if library._entries:
-        # The first unit now, so that a broken source is known at once.
-        library._unit(next(iter(library._entries.values())), False)
-    else:
-        compilers.build(library._text + entry_points([]))
-    return library
