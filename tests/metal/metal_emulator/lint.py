@@ -2,8 +2,8 @@
 
 Two layers look for it:
 
-- rules on tokens (`lint_rules.py`, `lint_kernels.py`): pointers and references without an address space,
-  words and functions that Metal does not have, recursion, lambdas before Metal 3.2,
+- rules on tokens (`lint_rules.py`, `lint_kernels.py`): pointers and references without
+  an address space, words that Metal does not have, recursion, lambdas before Metal 3.2,
   variables in places that their address space forbids, kernels' signatures, and what
   torch.mps.compile_shader cannot serve (function constants, threadgroup arguments);
 - clang (`lint_spaces.py`), over a translation that keeps address spaces: mismatches

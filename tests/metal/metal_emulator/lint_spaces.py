@@ -171,7 +171,7 @@ def _rewrite(tokens: Sequence[Token]) -> list[Token]:
         before = tokens[position - 1].text if position else ""
         if token.kind == "number":
             out.append(_number(token))
-        elif token.text == "::" and not _names_scope(out):
+        elif token.text == "::" and not _is_scope_name(out):
             out += [token, token.like("msl"), token]
         elif token.text == "threadgroup" and before in ("{", "}", ";"):
             found, position = _variable(tokens, position)
@@ -198,20 +198,6 @@ def _rewrite(tokens: Sequence[Token]) -> list[Token]:
             out.append(token)
         position += 1
     return out
-
-
-def _names_scope(before: Sequence[Token]) -> bool:
-    """Whether a `::` after these tokens goes on with a name."""
-    last = before[-1].text if before else ""
-    if last == ")":
-        depth = place = 0
-        for place in range(len(before) - 1, -1, -1):
-            depth += before[place].text == ")"
-            depth -= before[place].text == "("
-            if depth == 0:
-                break
-        return place > 0 and before[place - 1].text == "decltype"
-    return last == ">>" or _is_scope_name(before)
 
 
 def _variable(tokens: Sequence[Token], start: int) -> tuple[list[Token], int]:
