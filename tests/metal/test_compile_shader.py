@@ -180,11 +180,12 @@ def test_a_kernel_may_limit_its_threads() -> None:
     lib = emulator.compile_shader(
         PRELUDE
         + """
-[[kernel, max_total_threads_per_threadgroup(64)]] void never(device float* out) {}
+[[kernel, max_total_threads_per_threadgroup(96)]] void g(device float* out) {}
 [[max_total_threads_per_threadgroup(64)]] kernel void f(device float* out,
     uint i [[thread_position_in_grid]]) { out[i] = 1.0f; }"""
     )
     assert lib.f.max_threads_per_threadgroup == 64
+    assert lib.g.max_threads_per_threadgroup == 96
     with pytest.raises(ValueError, match="Threadgroup size exceeds 64 limit"):
         lib.f(torch.zeros(128), threads=128, group_size=128)
 

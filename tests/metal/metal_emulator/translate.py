@@ -58,6 +58,7 @@ BEFORE_TYPES = frozenset(
 SWIZZLE = re.compile(r"[xyzw]{2,4}")
 LITERAL = re.compile(r"((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)(h|H|bf|BF)?")
 HOST_NAME = re.compile(r"host_name\s*\((.*)\)")
+THREAD_LIMIT = re.compile(r"max_total_threads_per_threadgroup\s*\(\s*(\d+)")
 INDEXED = re.compile(r"(\w+)\s*\(\s*(\d+)\s*\)")
 
 # Where the entry point finds each value that a kernel may ask for.
@@ -280,9 +281,8 @@ class _Translator:
         attributes = [t.text for t in head if t.kind == "attribute"]
         limit = None
         for attribute in attributes:
-            match = INDEXED.match(attribute)
-            if match and match[1] == "max_total_threads_per_threadgroup":
-                limit = int(match[2])
+            if match := THREAD_LIMIT.search(attribute):
+                limit = int(match[1])
         self.kernels[name] = Entry(name, name, path, parameters, limit)
         if head[0].text != "template":
             host = _host_name(attributes) or name
