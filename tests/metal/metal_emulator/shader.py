@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch.utils import _cpp_embed_headers
 
 from . import compilers
 from .errors import FAILURES, AlignmentError, EmulationError, OutOfBoundsError
@@ -539,7 +538,7 @@ def compile_shader(
 ) -> Library:
     """Compile Metal source as `torch.mps.compile_shader` does, for CPU tensors.
 
-    torch's own headers (`#include <c10/metal/...>`) are inlined, as torch does it.
+    torch's own headers (`#include <c10/metal/...>`) are found, as torch finds them.
 
     Args:
         source: ASCII text.
@@ -568,14 +567,10 @@ def _preprocessed(
                 f"program_source:{number}: torch hands sources over as ASCII, and this "
                 f"line is not: {line.strip()!r}"
             )
-    embedded = _cpp_embed_headers._embed_headers(
-        [line + "\n" for line in source.split("\n")],
-        [Path(torch.__file__).parent / "include"],
-        set(),
-    )
     return compilers.preprocess(
-        embedded,
-        include_dirs=include_dirs,
+        source,
+        # torch inlines its headers into the source; included, lines stay the source's.
+        include_dirs=[*include_dirs, Path(torch.__file__).parent / "include"],
         defines=defines,
         language_version=language_version,
     )
