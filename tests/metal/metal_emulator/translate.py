@@ -601,9 +601,11 @@ def entry_points(entries: Sequence[Entry], *, cuda: bool = False) -> str:
         )
         if cuda:
             body = (
-                f'extern "C" __global__ void msl_entry_{entry.name}(const unsigned long '
-                "long* table) { msl::Ids ids; if (!msl::enter(table, ids)) return; "
-                f"void* const* buffers = (void* const*)(table + 6); {call} }}"
+                'extern "C" __global__ void '
+                f"__launch_bounds__({entry.max_threads or 1024}) "
+                f"{cuda_symbol(number, entry)}(msl::Launch const launch) {{ "
+                "msl::Ids const ids = msl::enter(launch); (void)ids; "
+                f"void* const* buffers = launch.buffers; (void)buffers; {call} }}"
             )
         spaces = entry.namespace.split("::") if entry.namespace else []
         opening = "".join(f"namespace {name} {{ " for name in spaces)
@@ -618,6 +620,11 @@ def entry_points(entries: Sequence[Entry], *, cuda: bool = False) -> str:
         out.append(f'extern "C" {visible} const msl::Kernel msl_kernels[] = {{')
         out += [*rows, "{nullptr, nullptr, nullptr, 0}};"]
     return "\n".join([*out, "}\n"])
+
+
+def cuda_symbol(number: int, entry: Entry) -> str:
+    """The name of a kernel's entry point; the host's name may be no identifier."""
+    return f"msl_entry_{number}_" + re.sub(r"\W", "_", entry.name)
 
 
 def _inside(entry: Entry) -> str:

@@ -1,25 +1,41 @@
 // How lanes meet on an NVIDIA GPU: a simdgroup is a warp, all of whose lanes take part.
+// Where only some of them do, as Metal allows, the warp waits for ever.
 #pragma once
 
 namespace msl {
 namespace lanes {
 
-__device__ inline unsigned lane() { return threadIdx.x % 32; }
+inline unsigned lane() { return threadIdx.x % 32; }
+
+// The lanes that the simdgroup has: fewer than 32 at a threadgroup's ragged end.
+inline unsigned members() {
+    unsigned const left = blockDim.x - (threadIdx.x - lane());
+    return left < 32 ? (1u << left) - 1 : 0xffffffffu;
+}
+inline bool is_member(unsigned lane) { return members() >> lane & 1; }
 
 template <class T>
 inline T read(T value, unsigned source) {
     unsigned words[(sizeof(T) + 3) / 4] = {};
-    __builtin_memcpy(words, &value, sizeof(T));
+    MSL_MEMCPY(words, &value, sizeof(T));
     for (unsigned& word : words)
-        word = __shfl_sync(0xffffffffu, word, source);
-    __builtin_memcpy(&value, words, sizeof(T));
+        word = __shfl_sync(members(), word, source);
+    MSL_MEMCPY(&value, words, sizeof(T));
     return value;
 }
 
 template <class Operation, class T, int Width>
 inline T reduce(T value, Line) {
-    for (int step = Width / 2; step > 0; step /= 2)
-        value = Operation::apply(value, read(value, lane() ^ step));
+    for (int step = Width / 2; step > 0; step /= 2) {
+        unsigned partner = lane() ^ step;
+        // Lanes that differ in the bits of earlier steps hold the same value by now, so
+        // the one that is surely there, if any is, stands for a lane that does not exist.
+        if (!is_member(partner))
+            partner &= ~unsigned(Width - 2 * step);
+        T const other = read(value, is_member(partner) ? partner : lane());
+        if (is_member(partner))
+            value = Operation::apply(value, other);
+    }
     return value;
 }
 
@@ -29,14 +45,14 @@ inline T shuffle(T value, T otherwise, unsigned source, Line) {
     return source < 32 ? found : otherwise;
 }
 
-inline unsigned ballot(bool vote, Line) { return __ballot_sync(0xffffffffu, vote); }
+inline unsigned ballot(bool vote, Line) { return __ballot_sync(members(), vote); }
 
-inline unsigned active(int) { return __activemask(); }
+inline unsigned active(Line) { return members(); }
 
 template <class Operation, class T, bool Inclusive>
 inline T prefix(T value, Line) {
     T total = Operation::template identity<T>(), mine = total;
-    for (unsigned i = 0; i < 32; ++i) {
+    for (unsigned i = 0; i < 32 && is_member(i); ++i) {
         T const next = Operation::apply(total, read(value, i));
         if (i == lane())
             mine = Inclusive ? next : total;
@@ -56,7 +72,7 @@ inline void multiply_accumulate(D (&d)[2], A const (&a)[2], B const (&b)[2],
         float const right = read(float(a[1]), matrix_lane(row, k));
         float const factor = k % 2 ? right : left;
         for (int j = 0; j < 2; ++j)
-            sum[j] = fmaf(factor, read(float(b[j]), matrix_lane(k, column)), sum[j]);
+            sum[j] = ::fmaf(factor, read(float(b[j]), matrix_lane(k, column)), sum[j]);
     }
     d[0] = D(sum[0]);
     d[1] = D(sum[1]);
@@ -66,55 +82,72 @@ inline void barrier(bool whole_group, unsigned, Line) {
     if (whole_group)
         __syncthreads();
     else
-        __syncwarp();
+        __syncwarp(members());
 }
 
-// Compare-and-swap serves every operation and type of 4 bytes.
-template <class T, class Update>
-inline T update(T* address, Update const& change) {
-    static_assert(sizeof(T) == 4, "atomics of 4 bytes only");
-    unsigned* word = (unsigned*)address;
-    unsigned seen = *(unsigned volatile*)word;
+// Compare-and-swap serves every operation and type. The first one only reads: a plain
+// read beside atomic writes would be a race.
+template <class Word, class T, class Update>
+inline T update_as(T* address, Update const& change) {
+    Word* word = (Word*)address;
+    Word seen = atomicCAS(word, Word(0), Word(0));
     for (;;) {
         T const before = __builtin_bit_cast(T, seen);
         T const after = change(before);
-        unsigned const found = atomicCAS(word, seen, __builtin_bit_cast(unsigned, after));
+        Word const found = atomicCAS(word, seen, __builtin_bit_cast(Word, after));
         if (found == seen)
             return before;
         seen = found;
     }
 }
+template <class T, class Update>
+inline T update(T* address, Update const& change) {
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8, "atomics of 4 and 8 bytes only");
+    if constexpr (sizeof(T) == 8)
+        return update_as<unsigned long long>(address, change);
+    else
+        return update_as<unsigned>(address, change);
+}
 
 }  // namespace lanes
 
-// One block is one threadgroup, launched in one dimension; table: threads[3],
-// group size[3], then the buffers. False for a thread beyond a ragged edge.
-inline bool enter(unsigned long long const* table, Ids& ids) {
-    unsigned index = threadIdx.x, group = 1;
+// What a kernel is launched with; cuda.py has the same structure. A threadgroup is a
+// block of one dimension and of just its threads, and the blocks of a launch are the
+// `count` threadgroups from `first` on, all of one size: ragged edges are launches of
+// their own.
+struct Launch {
+    unsigned threads[3];
+    unsigned group_size[3];
+    unsigned first[3];
+    unsigned count[3];
+    void* buffers[31];
+};
+
+inline Ids enter(Launch const& launch) {
+    Ids ids;
+    unsigned index = threadIdx.x, block = blockIdx.x, dispatched = 1;
     for (int d = 0; d < 3; ++d) {
-        unsigned const block = d == 0 ? blockIdx.x : d == 1 ? blockIdx.y : blockIdx.z;
-        ids.threads[d] = unsigned(table[d]);
-        ids.dispatched_group_size[d] = unsigned(table[3 + d]);
-        ids.groups[d] = (ids.threads[d] + ids.dispatched_group_size[d] - 1) /
-                        ids.dispatched_group_size[d];
-        ids.group_position[d] = block;
-        unsigned const left = ids.threads[d] - block * ids.dispatched_group_size[d];
-        ids.group_size[d] =
-            left < ids.dispatched_group_size[d] ? left : ids.dispatched_group_size[d];
-        ids.position_in_group[d] = index % ids.group_size[d];
-        ids.thread_position[d] =
-            block * ids.dispatched_group_size[d] + ids.position_in_group[d];
-        index /= ids.group_size[d];
-        group *= ids.group_size[d];
+        unsigned const group = launch.first[d] + block % launch.count[d];
+        unsigned const begin = group * launch.group_size[d];
+        unsigned const left = launch.threads[d] - begin;
+        unsigned const size = left < launch.group_size[d] ? left : launch.group_size[d];
+        ids.threads[d] = launch.threads[d];
+        ids.dispatched_group_size[d] = launch.group_size[d];
+        ids.groups[d] = (launch.threads[d] - 1) / launch.group_size[d] + 1;
+        ids.group_position[d] = group;
+        ids.group_size[d] = size;
+        ids.position_in_group[d] = index % size;
+        ids.thread_position[d] = begin + ids.position_in_group[d];
+        block /= launch.count[d];
+        index /= size;
+        dispatched *= launch.group_size[d];
     }
-    unsigned const launched = ids.dispatched_group_size[0] *
-                              ids.dispatched_group_size[1] * ids.dispatched_group_size[2];
     ids.index_in_group = threadIdx.x;
     ids.simdgroup = threadIdx.x / 32;
     ids.lane = threadIdx.x % 32;
-    ids.simdgroups = (group + 31) / 32;
-    ids.dispatched_simdgroups = (launched + 31) / 32;
-    return threadIdx.x < group;
+    ids.simdgroups = (blockDim.x + 31) / 32;
+    ids.dispatched_simdgroups = (dispatched + 31) / 32;
+    return ids;
 }
 
 }  // namespace msl

@@ -48,11 +48,11 @@ template <class T, class Operation>
 inline T bitwise(T a, T b, Operation) {
     constexpr int words = (sizeof(T) + 3) / 4;
     unsigned left[words] = {}, right[words] = {};
-    __builtin_memcpy(left, &a, sizeof(T));
-    __builtin_memcpy(right, &b, sizeof(T));
+    MSL_MEMCPY(left, &a, sizeof(T));
+    MSL_MEMCPY(right, &b, sizeof(T));
     for (int i = 0; i < words; ++i)
         left[i] = Operation::bits(left[i], right[i]);
-    __builtin_memcpy(&a, left, sizeof(T));
+    MSL_MEMCPY(&a, left, sizeof(T));
     return a;
 }
 struct And {

@@ -3,8 +3,10 @@
 
 #if defined(__CUDACC_RTC__)
 #define MSL_INLINE __forceinline__
+#define MSL_MEMCPY ::memcpy
 #else
 #define MSL_INLINE inline __attribute__((always_inline))
+#define MSL_MEMCPY __builtin_memcpy
 #endif
 
 namespace msl {
