@@ -189,6 +189,28 @@ kernel void f(device const float* a, device float* out,
         r"race: threadgroup variable 'shared', byte offset \d+: ",
         found_by=("trace",),
     ),
+    "write of what another lane still reads": Plant(
+        """
+kernel void f(device const float* a, device float* out,
+              uint i [[thread_position_in_grid]]) {
+  threadgroup float shared[1];
+  if (i == 0) shared[0] = a[0];
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  float sum = shared[0];
+#ifndef BUG
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+#endif
+  if (i == 31) shared[0] = sum + 1.0f;
+  out[i] = sum;
+}""",
+        floats(32, 32),
+        emulator.RaceError,
+        r"race: threadgroup variable 'shared', byte offset 0: writes what thread \d+ of the "
+        r"threadgroup read",
+        threads=32,
+        group_size=32,
+        found_by=("trace",),
+    ),
     "barrier that orders other memory": Plant(
         """
 kernel void f(device const float* a, device float* out,

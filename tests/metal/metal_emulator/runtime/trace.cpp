@@ -23,7 +23,7 @@ struct Event {
     uint8_t lane;
     uint8_t buffer;
     uint8_t access;
-    uint8_t bytes;
+    uint32_t bytes;
     uint32_t ordinal;  // how often this lane came by here in this step
     uintptr_t address;
 };
@@ -107,9 +107,14 @@ static void note_traffic(unsigned buffer, uint8_t const* at, size_t bytes, Acces
         list.room = list.room ? list.room * 2 : 4096;
         list.event = (Event*)realloc(list.event, list.room * sizeof(Event));
     }
-    Event event = {program_counter, uint32_t(list.count), uint8_t(ids.lane),
-                   uint8_t(buffer), uint8_t(access),     uint8_t(bytes),
-                   0,               uintptr_t(at)};
+    Event event = {};
+    event.program_counter = program_counter;
+    event.sequence = uint32_t(list.count);
+    event.lane = uint8_t(ids.lane);
+    event.buffer = uint8_t(buffer);
+    event.access = uint8_t(access);
+    event.bytes = uint32_t(bytes);
+    event.address = uintptr_t(at);
     list.event[list.count++] = event;
 }
 
@@ -146,6 +151,19 @@ static bool unordered(Clock const& before, Clock const& now) {
     if (before.group_epoch < now.group_epoch)
         return false;
     return a / 32 != b / 32 || before.simd_epoch >= now.simd_epoch;
+}
+
+// Two readers are kept, so that a writer meets one that is not itself: threads that
+// nothing orders before the present one, and of two simdgroups where there are any.
+static void remember_reader(Cell& cell, Clock const& now) {
+    if (!unordered(cell.read, now))
+        cell.read = now;
+    else if (!unordered(cell.other_read, now))
+        cell.other_read = now;
+    else if ((cell.read.who - 1) / 32 == (now.who - 1) / 32)
+        cell.read = now;
+    else
+        cell.other_read = now;
 }
 
 static void describe_race(char* text, size_t room, Region const& region, int buffer,
@@ -198,9 +216,7 @@ static void note_order(Region& region, int buffer, uint8_t* at, size_t bytes, Ac
                 fail(RACE, program_counter, "%s", text);
                 abandon();
             }
-            // Two readers are kept, of two simdgroups where there are any.
-            bool const other = cell.read.who && (cell.read.who - 1) / 32 != (now.who - 1) / 32;
-            (other ? cell.other_read : cell.read) = now;
+            remember_reader(cell, now);
             continue;
         }
         Clock const* const earlier[3] = {&cell.write, &cell.read, &cell.other_read};
@@ -209,7 +225,8 @@ static void note_order(Region& region, int buffer, uint8_t* at, size_t bytes, Ac
                 describe_race(unsettled.text, sizeof unsettled.text, region, buffer, at + i,
                               access, k ? "read" : "wrote", *earlier[k]);
                 unsettled.at = at;
-                unsettled.bytes = bytes < sizeof unsettled.before ? bytes : 0;
+                unsettled.bytes =
+                    bytes < sizeof unsettled.before ? bytes : sizeof unsettled.before;
                 memcpy(unsettled.before, at, unsettled.bytes);
                 unsettled.program_counter = program_counter;
                 unsettled.lane = run.current;
