@@ -12,7 +12,8 @@ from pathlib import Path
 import mlx_kernels
 import pytest
 import torch
-from metal_emulator import compilers, lint, lint_messages, lint_spaces
+from metal_emulator import compilers, lint
+from metal_emulator.lint import messages, spaces
 from mlx_kernels import Variant
 
 KERNEL = "kernel void k(device float* x, uint i [[thread_position_in_grid]])"
@@ -238,7 +239,7 @@ def found(source: str, **options: bool) -> list[tuple[int, str]]:
 
 
 needs_clang = pytest.mark.skipif(
-    lint_spaces.find_clang() is None, reason="there is no clang 17 or newer"
+    spaces.find_clang() is None, reason="there is no clang 17 or newer"
 )
 
 
@@ -287,7 +288,7 @@ def test_headers(tmp_path: Path) -> None:
 
 
 def test_without_clang(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lint_spaces, "find_clang", lambda: None)
+    monkeypatch.setattr(spaces, "find_clang", lambda: None)
     with pytest.raises(RuntimeError, match="pip install ziglang"):
         lint.lint("kernel void k(device int* x) {}")
     assert lint.lint("kernel void k(device int* x) {}", compiler=False) == []
@@ -308,7 +309,7 @@ def test_torch_headers() -> None:
             x[tid] = c10::metal::max(total, x[tid]);
         }
     """
-    compiler = lint_spaces.find_clang() is not None
+    compiler = spaces.find_clang() is not None
     assert lint.lint(source, [TORCH], compiler=compiler) == []
 
 
@@ -362,7 +363,7 @@ def test_mlx_compiler() -> None:
     source = mlx_kernels.source(VARIANTS)
     assert lint.lint(source, [folder], function_constants=True) == []
     preprocessed = compilers.preprocess(source, include_dirs=[folder])
-    ignored = {d.text for d in lint_spaces.check(preprocessed) if d.kind == "error"}
+    ignored = {d.text for d in spaces.check(preprocessed) if d.kind == "error"}
     pattern = re.compile("|".join(APPROXIMATE))
     assert [text for text in ignored if not pattern.match(text)] == []
 
@@ -426,14 +427,14 @@ def test_nothing_ignored() -> None:
         decltype(gemv<bfloat, 16>) gemv<bfloat, 16>;
     """)
     assert lint.lint(source) == []
-    said = lint_spaces.check(compilers.preprocess(source))
+    said = spaces.check(compilers.preprocess(source))
     assert [f"{d.line}: {d.text}" for d in said] == []
 
 
-@pytest.mark.skipif(lint_spaces.zig_clang() is None, reason="ziglang is not installed")
+@pytest.mark.skipif(spaces.zig_clang() is None, reason="ziglang is not installed")
 def test_zig(monkeypatch: pytest.MonkeyPatch) -> None:
     """The clang of ziglang says what any other says."""
-    monkeypatch.setattr(lint_spaces, "find_clang", lint_spaces.zig_clang)
+    monkeypatch.setattr(spaces, "find_clang", spaces.zig_clang)
     for case in SPACES:
         planted = with_library(case.planted)
         assert [line for line, _ in found(planted)] == marked(planted), case.name
@@ -448,10 +449,10 @@ def test_messages() -> None:
         "space '1' as a pointer to address space '3' in 2nd argument\n"
         "a.metal:9:5: error: use of undeclared identifier 'y'\n"
     )
-    first, second = lint_messages.parse(text)
+    first, second = messages.parse(text)
     assert (first.file, first.line, len(first.notes)) == ("a.metal", 3, 1)
-    assert lint_messages.meaning(first) == (
+    assert messages.meaning(first) == (
         "no matching function for call to 'f': passes a `device` pointer where a "
         "`threadgroup` pointer is asked for (2nd argument)"
     )
-    assert lint_messages.meaning(second) is None
+    assert messages.meaning(second) is None

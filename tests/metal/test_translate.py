@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 from expecttest import TestCase
-from metal_emulator.translate import entry_points, translate
+from metal_emulator.entries import entry_points
+from metal_emulator.translate import translate
 
 
 def lines(source: str, **options: bool) -> str:

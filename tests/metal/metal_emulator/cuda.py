@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from . import compilers, shader
-from .translate import Entry, cuda_symbol, entry_points
+from .entries import Entry, cuda_symbol, entry_points
 
 DEFAULT_ARCHITECTURE = "sm_90"  # to compile for where there is no GPU
 HEADERS = shader.HEADERS + '#include "barriers_cuda.hpp"\n'

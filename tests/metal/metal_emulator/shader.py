@@ -22,8 +22,9 @@ from typing import Any, Literal
 import torch
 
 from . import compilers
+from .entries import Entry, entry_points
 from .errors import FAILURES, AlignmentError, EmulationError, OutOfBoundsError
-from .translate import Entry, entry_points, translate
+from .translate import translate
 
 MAX_BUFFERS = 31
 MAX_BYTES = 4096  # of a value that is not a tensor: Metal's setBytes

@@ -1,7 +1,7 @@
 """Address spaces, checked by clang: Metal to C++ that keeps them, and what clang says.
 
 Address spaces stay in the text as macros for clang's attribute, over native types
-(`include/lint_types.hpp`); `lint_messages.py` says which of clang's messages count.
+(`include/lint_types.hpp`); `messages.py` says which of clang's messages count.
 """
 
 from __future__ import annotations
@@ -15,20 +15,19 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from . import compilers
-from .lint_messages import Diagnostic, parse
-from .tokens import Token, matching, matching_angle, render, split, tokenize
-from .translate import (
+from .. import compilers
+from ..declarations import (
     ADDRESS_SPACES,
-    _host_name,
-    _instantiated,
-    _is_scope_name,
-    _number,
-    _parameter_list,
-    _starts,
-    _Translator,
-    _without_qualifiers,
+    host_name,
+    instantiated,
+    parameter_list,
+    starts,
+    without_qualifiers,
 )
+from ..rewrite import is_scope_name, literal
+from ..tokens import Token, matching, matching_angle, render, split, tokenize
+from ..translate import Translator
+from .messages import Diagnostic, parse
 
 OLDEST_CLANG = 17
 VERSION = re.compile(r"clang version (\d+)")
@@ -77,7 +76,7 @@ def zig_clang() -> tuple[str, ...] | None:
 
 
 # ------------------------------------------------------------------------ translation
-class _Spaces(_Translator):
+class _Spaces(Translator):
     """Finds the kernels as the real translation does, and keeps the address spaces."""
 
     def class_(
@@ -98,9 +97,9 @@ class _Spaces(_Translator):
     ) -> list[Token]:
         attributes = [t.text for t in head if t.kind == "attribute"]
         plain = [t for t in head if t.kind != "attribute"]
-        explicit = _starts(plain, "template") and not _starts(plain[1:], "<")
-        if body is None and explicit and (name := _host_name(attributes)):
-            self.instances.append((name, _instantiated(plain), path, plain[0]))
+        explicit = starts(plain, "template") and not starts(plain[1:], "<")
+        if body is None and explicit and (name := host_name(attributes)):
+            self.instances.append((name, instantiated(plain), path, plain[0]))
             return []
         words = {t.text for t in plain}
         named = {a.split(",")[0].strip() for a in attributes}
@@ -114,7 +113,7 @@ class _Spaces(_Translator):
             plain.append(end)
         if body is None and "constant" in words and not words & {"const", "constexpr"}:
             plain = _with_const(plain)
-        return [*_without_qualifiers(_decayed(plain)), *(body or [])]
+        return [*without_qualifiers(_decayed(plain)), *(body or [])]
 
 
 def _with_const(declaration: list[Token]) -> list[Token]:
@@ -130,7 +129,7 @@ def _with_const(declaration: list[Token]) -> list[Token]:
 def _decayed(head: list[Token]) -> list[Token]:
     """`f(constant int sizes[3])` with a pointer, as clang has no such parameters."""
     try:
-        opening = _parameter_list(head)
+        opening = parameter_list(head)
     except SyntaxError:
         return head
     closing = matching(head, opening)
@@ -170,8 +169,8 @@ def _rewrite(tokens: Sequence[Token]) -> list[Token]:
         token = tokens[position]
         before = tokens[position - 1].text if position else ""
         if token.kind == "number":
-            out.append(_number(token))
-        elif token.text == "::" and not _is_scope_name(out):
+            out.append(literal(token))
+        elif token.text == "::" and not is_scope_name(out):
             out += [token, token.like("msl"), token]
         elif token.text == "threadgroup" and before in ("{", "}", ";"):
             found, position = _variable(tokens, position)

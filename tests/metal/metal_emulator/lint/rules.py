@@ -7,7 +7,9 @@ import itertools
 import re
 from collections.abc import Sequence
 
-from .lint_declarations import (
+from ..declarations import ADDRESS_SPACES
+from ..tokens import Token, matching, split, text_of, tokenize
+from .declared import (
     POINTERS,
     Declaration,
     Found,
@@ -15,9 +17,7 @@ from .lint_declarations import (
     end_of_angle,
     recursion,
 )
-from .lint_kernels import kernel
-from .tokens import Token, matching, split, text_of, tokenize
-from .translate import ADDRESS_SPACES
+from .kernels import kernel
 
 WORDS = {
     "double": "`double` does not exist in Metal",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from .lint_declarations import POINTERS, Declaration, Found
-from .tokens import Token
-from .translate import INDEXED, SCALARS, VECTORS
+from ..entries import INDEXED, SCALARS, VECTORS
+from ..tokens import Token
+from .declared import POINTERS, Declaration, Found
 
 ID_TYPES = ("ushort", "uint", "uint16_t", "uint32_t")
 WRONG_ID = re.compile(

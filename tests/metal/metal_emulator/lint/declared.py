@@ -7,9 +7,9 @@ import functools
 import re
 from collections.abc import Iterator, Sequence
 
-from .compilers import INCLUDE
-from .tokens import Token, matching, matching_angle, split, text_of
-from .translate import _is_access, _kind_of, _parameter_list, _without_template
+from ..compilers import INCLUDE
+from ..declarations import is_access, kind_of, parameter_list, without_template
+from ..tokens import Token, matching, matching_angle, split, text_of
 
 Found = Iterator[tuple[Token, str]]
 POINTERS = frozenset(("*", "&", "&&"))
@@ -43,7 +43,7 @@ class Declaration:
     @functools.cached_property
     def plain(self) -> list[Token]:
         """The head without attributes and `template <...>`."""
-        return _without_template(self.head)
+        return without_template(self.head)
 
     @functools.cached_property
     def attributes(self) -> list[str]:
@@ -57,7 +57,7 @@ class Declaration:
     def opening(self) -> int | None:
         """Where in the head the parameters begin; None for what is no function."""
         try:
-            opening = _parameter_list(self.head)
+            opening = parameter_list(self.head)
         except (SyntaxError, IndexError):
             return None
         before = [t.text for t in _after_template(self.head[:opening])]
@@ -122,7 +122,7 @@ def declarations(
         text = token.text if token.kind == "mark" else ""
         if text in ("(", "["):
             position = matching(tokens, position)
-        elif text == ":" and _is_access(tokens[start:position]):
+        elif text == ":" and is_access(tokens[start:position]):
             start = position + 1
         elif text == ";":
             if position > start:
@@ -133,7 +133,7 @@ def declarations(
             end = matching(tokens, position)
             head, inner = list(tokens[start:position]), list(tokens[position + 1 : end])
             following = tokens[end + 1].text if end + 1 < len(tokens) else ""
-            kind = _kind_of(head, following)
+            kind = kind_of(head, following)
             if kind == "namespace":
                 names = [t.text for t in head if t.kind == "word"]
                 yield from declarations(inner, f"{path}::{names[-1]}")
@@ -151,7 +151,7 @@ def declarations(
 
 def _class_name(head: Sequence[Token]) -> str:
     """`X<int>` as text, so that each specialisation is a class of its own."""
-    rest = _without_template(head)
+    rest = without_template(head)
     keys = [i for i, t in enumerate(rest) if t.text in CLASS_KEYS]
     name = rest[keys[0] + 1 :] if keys else rest
     texts = [t.text for t in name]

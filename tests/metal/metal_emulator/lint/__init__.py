@@ -2,11 +2,11 @@
 
 Two layers look for it:
 
-- rules on tokens (`lint_rules.py`, `lint_kernels.py`): pointers and references without
+- rules on tokens (`rules.py`, `kernels.py`): pointers and references without
   an address space, words that Metal does not have, recursion, lambdas before Metal 3.2,
   variables in places that their address space forbids, kernels' signatures, and what
   torch.mps.compile_shader cannot serve (function constants, threadgroup arguments);
-- clang (`lint_spaces.py`), over a translation that keeps address spaces: mismatches
+- clang (`spaces.py`), over a translation that keeps address spaces: mismatches
   between them, casts from one to another, and C++ newer than C++14.
 
 What is wrong is said with confidence or not at all. Not checked, since clang has no way
@@ -34,9 +34,9 @@ from pathlib import Path
 
 import torch
 
-from . import lint_messages, lint_spaces
-from .compilers import preprocess
-from .lint_rules import Options, Problem, problems
+from ..compilers import preprocess
+from . import messages, spaces
+from .rules import Options, Problem, problems
 
 __all__ = ["Problem", "lint"]
 
@@ -110,8 +110,8 @@ def _compiler_problems(
     preprocessed: str, reported: Callable[[str], bool]
 ) -> set[Problem]:
     found = set()
-    for diagnostic in lint_spaces.check(preprocessed):
-        message = lint_messages.meaning(diagnostic)
+    for diagnostic in spaces.check(preprocessed):
+        message = messages.meaning(diagnostic)
         if message is None:
             continue
         # A message inside a header belongs to the line that led there.
