@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +25,7 @@ from torch import Tensor
 TOOLS = ("memcheck", "racecheck", "synccheck")
 PROGRAM = HERE / "on_cuda.py"
 PLANTS_FILE = "cuda_plants.metal"
-TIMEOUT = 240
+TIMEOUT = 150  # seconds; a divergent barrier may hang
 # Cases without planted bugs that must show none: (part of) their names.
 CLEAN = (
     "positions (10, 6, 3)",
@@ -45,6 +47,7 @@ CLEAN = (
 )
 OPTIONS = {
     "--target-processes": ["application-only"],
+    "--launch-timeout": ["120"],
     "--show-backtrace": ["device"],
     # What a library asks the driver in vain is no fault of a kernel.
     "--report-api-errors": ["no"],
@@ -154,6 +157,24 @@ def known_options() -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout
 
 
+def _run(command: list[str]) -> tuple[str, int | None]:
+    """A program's output and exit code, or none if it had to be ended."""
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            return process.communicate(timeout=TIMEOUT)[0], process.returncode
+        except subprocess.TimeoutExpired:
+            # The sanitizer and what it runs: that would keep the GPU busy.
+            os.killpg(process.pid, signal.SIGKILL)
+            return process.communicate()[0], None
+
+
 def sanitized(tool: str, *arguments: str) -> Report:
     """Run on_cuda.py with these arguments under one tool of the sanitizer."""
     command = [sanitizer(), "--tool", tool]
@@ -164,19 +185,7 @@ def sanitized(tool: str, *arguments: str) -> Report:
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch, "log")
         command += ["--log-file", str(log), sys.executable, str(PROGRAM), *arguments]
-        try:
-            result = subprocess.run(
-                command,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=TIMEOUT,
-            )
-            output, code = result.stdout, result.returncode
-        except subprocess.TimeoutExpired as expired:
-            said = expired.stdout or b""
-            output = said if isinstance(said, str) else said.decode(errors="replace")
-            code = None
+        output, code = _run(command)
         text = log.read_text(errors="replace") if log.exists() else ""
     return Report(text, output, count_errors(text), code)
 
