@@ -205,8 +205,8 @@ kernel void f(device const float* a, device float* out,
 }""",
         floats(32, 32),
         emulator.RaceError,
-        r"race: threadgroup variable 'shared', byte offset 0: writes what thread \d+ of the "
-        r"threadgroup read",
+        r"race: threadgroup variable 'shared', byte offset 0: writes what thread \d+ of "
+        r"the threadgroup read",
         threads=32,
         group_size=32,
         found_by=("trace",),
