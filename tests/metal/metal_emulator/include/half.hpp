@@ -56,12 +56,19 @@ constexpr float half_value_exactly(ushort bits) {
 }
 
 #if defined(__CUDACC_RTC__)
+// The instruction forgets a NaN's sign and payload, which x86 and Metal keep.
 MSL_INLINE ushort half_bits_fast(float value) {
+    if (value != value) {
+        return half_bits_exactly(value);
+    }
     ushort bits;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
     return bits;
 }
 MSL_INLINE float half_value_fast(ushort bits) {
+    if ((bits & 0x7fffu) > 0x7c00u) {
+        return half_value_exactly(bits);
+    }
     float value;
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
     return value;
