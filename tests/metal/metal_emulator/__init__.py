@@ -12,7 +12,8 @@ from .errors import (
     ThreadgroupMemoryError,
     UndefinedArithmeticError,
 )
-from .shader import Kernel, Launch, Library, Run, Traffic, compile_shader, run
+from .launches import Launch, Run, Traffic, run
+from .shader import Kernel, Library, compile_shader
 
 __all__ = [
     "AlignmentError",

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from . import compilers, shader
+from . import arguments, compilers, launches, shader
 from .entries import Entry, cuda_symbol, entry_points
 
 DEFAULT_ARCHITECTURE = "sm_90"  # to compile for where there is no GPU
@@ -164,9 +164,9 @@ class _Guarded:
     large blocks. Arguments that overlap share a copy, as they share memory.
     """
 
-    def __init__(self, bound: list[shader._Argument], stream: Any) -> None:
+    def __init__(self, bound: list[arguments.Argument], stream: Any) -> None:
         self.stream = stream
-        self.regions, self.buffers = shader._place(bound)
+        self.regions, self.buffers = arguments.place(bound)
         self.copies: list[int] = []
 
     def __enter__(self) -> list[int]:
@@ -201,7 +201,7 @@ class Kernel(shader.Kernel):
 
     def _launch(
         self,
-        bound: list[shader._Argument],
+        bound: list[arguments.Argument],
         total: tuple[int, ...],
         group: tuple[int, ...],
     ) -> None:
@@ -223,8 +223,8 @@ class Kernel(shader.Kernel):
                 addresses = [argument.address for argument in bound]
                 self._run(addresses, total, group, device, stream)
         texts = tuple(argument.text for argument in bound)
-        if state := shader._current.get():
-            state.launches.append(shader.Launch(self.name, total, group, texts))
+        if state := launches.current.get():
+            state.launches.append(launches.Launch(self.name, total, group, texts))
 
     @property
     def _guard(self) -> bool:
@@ -255,14 +255,18 @@ class Kernel(shader.Kernel):
             _driver("cuLaunchKernel", function, *shape, where, 0)
 
 
-def _on_device(argument: shader._Argument, device: torch.device) -> shader._Argument:
+def _on_device(
+    argument: arguments.Argument, device: torch.device
+) -> arguments.Argument:
     """The same argument, a value moved to the device."""
     if isinstance(argument.keep, torch.Tensor):
         return argument
     data = bytearray(ctypes.string_at(argument.address, argument.bytes))
     memory = torch.frombuffer(data, dtype=torch.uint8).to(device)
     address = memory.data_ptr()
-    return shader._Argument(address, argument.bytes, 0, address, argument.text, memory)
+    return arguments.Argument(
+        address, argument.bytes, 0, address, argument.text, memory
+    )
 
 
 # -------------------------------------------------------------------------- libraries
@@ -311,7 +315,9 @@ def compile_shader(
         RuntimeError: `cuda-bindings` or NVRTC is missing.
     """
     nvrtc_version()
-    preprocessed = shader._preprocessed(source, include_dirs, defines, language_version)
+    preprocessed = shader.preprocessed_source(
+        source, include_dirs, defines, language_version
+    )
     library = Library(preprocessed, flags, guard)
     library._compile_first()
     return library
