@@ -80,7 +80,7 @@ def run(
     Args:
         order: in which order lanes take turns, and threadgroups follow each other.
         seed: of the random order.
-        trace: look at every access: exact bounds, races, and traffic. About 20 times
+        trace: look at every access: exact bounds, races, and traffic. About 5 to 30 times
             slower.
         partial_simdgroups: let some lanes of a simdgroup meet in a reduction while the
             others wait at a barrier or have returned. Legal in Metal; an error by
