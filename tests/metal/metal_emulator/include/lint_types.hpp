@@ -11,24 +11,10 @@
 #define threadgroup __attribute__((address_space(3)))
 #define thread
 
+#include "meta.hpp"
+
 namespace msl {
 
-typedef unsigned char uchar;
-typedef unsigned short ushort;
-typedef unsigned int uint;
-typedef unsigned long ulong;
-typedef decltype(sizeof(0)) size_t;
-typedef decltype((char*)0 - (char*)0) ptrdiff_t;
-typedef signed char int8_t;
-typedef short int16_t;
-typedef int int32_t;
-typedef long int64_t;
-typedef uchar uint8_t;
-typedef ushort uint16_t;
-typedef uint uint32_t;
-typedef ulong uint64_t;
-typedef ptrdiff_t intptr_t;
-typedef size_t uintptr_t;
 typedef _Float16 half;
 typedef __bf16 bfloat;
 
@@ -60,74 +46,6 @@ MSL_VECTOR_NAMES(float)
 namespace metal {
 
 using msl::vec;
-
-template <class T, T v>
-struct integral_constant {
-    static constexpr T value = v;
-    using value_type = T;
-    using type = integral_constant;
-    constexpr operator T() const noexcept { return v; }
-    constexpr T operator()() const noexcept { return v; }
-};
-template <bool b>
-using bool_constant = integral_constant<bool, b>;
-using true_type = bool_constant<true>;
-using false_type = bool_constant<false>;
-
-template <bool condition, class T = void>
-struct enable_if {};
-template <class T>
-struct enable_if<true, T> {
-    using type = T;
-};
-template <bool condition, class T = void>
-using enable_if_t = typename enable_if<condition, T>::type;
-template <bool condition, class T, class F>
-struct conditional {
-    using type = T;
-};
-template <class T, class F>
-struct conditional<false, T, F> {
-    using type = F;
-};
-template <bool condition, class T, class F>
-using conditional_t = typename conditional<condition, T, F>::type;
-
-#define MSL_TRANSFORM(name, from, result) \
-    template <class T>                    \
-    struct name {                         \
-        using type = T;                   \
-    };                                    \
-    template <class T>                    \
-    struct name<from> {                   \
-        using type = result;              \
-    };                                    \
-    template <class T>                    \
-    using name##_t = typename name<T>::type;
-MSL_TRANSFORM(remove_const, T const, T)
-MSL_TRANSFORM(remove_volatile, T volatile, T)
-MSL_TRANSFORM(remove_pointer, T*, T)
-#undef MSL_TRANSFORM
-template <class T>
-struct remove_cv {
-    using type = remove_const_t<remove_volatile_t<T>>;
-};
-template <class T>
-using remove_cv_t = typename remove_cv<T>::type;
-template <class T>
-struct remove_reference {
-    using type = T;
-};
-template <class T>
-struct remove_reference<T&> {
-    using type = T;
-};
-template <class T>
-struct remove_reference<T&&> {
-    using type = T;
-};
-template <class T>
-using remove_reference_t = typename remove_reference<T>::type;
 
 template <class T>
 struct remove_addrspace {
