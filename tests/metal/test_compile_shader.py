@@ -259,6 +259,10 @@ class TestMessages(TestCase):
             """RuntimeError: group_size (8,) and threads (4, 2) must have as many sizes""",
         )
         self.assertExpectedInline(
+            self.said(x, 1.0, threads=8, group_size=0),
+            """RuntimeError: full: threads (8,) and group_size (0,): sizes of groups are at least 1, and threads are counted in 32 bits""",  # noqa: E501
+        )
+        self.assertExpectedInline(
             self.said(x, 1.0, threads=2048, group_size=2048),
             """ValueError: Threadgroup size exceeds 1024 limit: (2048,)""",
         )

@@ -61,6 +61,7 @@ class Kernel:
         threads: int | Sequence[int] | None = None,
         group_size: int | Sequence[int] | None = None,
         arg_casts: str | Mapping[int, str] | None = None,
+        error_buf_idx: int | None = None,
     ) -> None:
         """Run the kernel, and return when it is done.
 
@@ -72,10 +73,13 @@ class Kernel:
             group_size: threads of a threadgroup, as many sizes as `threads`.
             arg_casts: one of fp16, bf16, int32, int16, int8, uint8 for every argument
                 that is not a tensor, or by position.
+            error_buf_idx: where torch binds its buffer of error messages; not emulated.
 
         Raises:
             EmulationError: the kernel did something that Metal leaves undefined.
         """
+        if error_buf_idx is not None:
+            raise NotImplementedError("error_buf_idx is not emulated")
         if len(args) > MAX_BUFFERS:
             raise RuntimeError(
                 f"{len(args)} arguments; Metal binds up to {MAX_BUFFERS}"
@@ -97,6 +101,11 @@ class Kernel:
         if len(group) != len(total):
             raise RuntimeError(
                 f"group_size {group} and threads {total} must have as many sizes"
+            )
+        if 0 in group or max(total) >= 2**32:
+            raise RuntimeError(
+                f"{self.name}: threads {total} and group_size {group}: sizes of groups "
+                "are at least 1, and threads are counted in 32 bits"
             )
         if math.prod(group) > limit:
             raise ValueError(f"Threadgroup size exceeds {limit} limit: {group}")
@@ -222,6 +231,7 @@ class Library:
         translation = translate(preprocessed, cuda=self._cuda)
         self._text = self._headers + translation.text
         self._entries = {entry.name: entry for entry in translation.entries}
+        self._order = {name: number for number, name in enumerate(self._entries)}
         if len(self._entries) < len(translation.entries):
             names = [entry.name for entry in translation.entries]
             twice = sorted({name for name in names if names.count(name) > 1})
@@ -246,11 +256,10 @@ class Library:
         return self
 
     def _unit(self, entry: Entry, traced: bool) -> Any:
-        entries = list(self._entries.values())
-        number = entries.index(entry) // KERNELS_PER_UNIT
+        number = self._order[entry.name] // KERNELS_PER_UNIT
         if (number, traced) not in self._units:
             start = number * KERNELS_PER_UNIT
-            chosen = entries[start : start + KERNELS_PER_UNIT]
+            chosen = list(self._entries.values())[start : start + KERNELS_PER_UNIT]
             self._units[number, traced] = self._compile(chosen, traced)
         return self._units[number, traced]
 
