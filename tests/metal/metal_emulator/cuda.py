@@ -223,7 +223,7 @@ class Kernel(shader.Kernel):
                 addresses = [argument.address for argument in bound]
                 self._run(addresses, total, group, device, stream)
         texts = tuple(argument.text for argument in bound)
-        if state := launches.current.get():
+        if state := launches.present_run():
             state.launches.append(launches.Launch(self.name, total, group, texts))
 
     @property

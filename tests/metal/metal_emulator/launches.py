@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import dataclasses
 from collections.abc import Iterator
 from typing import Literal
@@ -58,12 +57,17 @@ class Run:
     trace: bool = False
     partial_simdgroups: bool = False
     front: bool = False
+    seconds: float = 300.0
     launches: list[Launch] = dataclasses.field(default_factory=list)
 
 
-current: contextvars.ContextVar[Run | None] = contextvars.ContextVar(
-    "run", default=None
-)
+# Of all threads alike: autograd, for one, launches from threads of its own.
+_runs: list[Run] = []
+
+
+def present_run() -> Run | None:
+    """The innermost `run` that is open."""
+    return _runs[-1] if _runs else None
 
 
 @contextlib.contextmanager
@@ -74,6 +78,7 @@ def run(
     trace: bool = False,
     partial_simdgroups: bool = False,
     front: bool = False,
+    seconds: float = 300.0,
 ) -> Iterator[Run]:
     """Set how kernels launched inside the block run, and log their launches.
 
@@ -87,12 +92,15 @@ def run(
             default, since it is seldom meant.
         front: place tensors right behind a guard page, so that reads before their
             beginning are found, not those past their end.
+        seconds: of processor time, after which a launch is ended as an error.
+
+    The settings hold for launches from any thread.
     """
     if order not in ORDERS:
         raise ValueError(f"order is {order!r}; it can be one of {', '.join(ORDERS)}")
-    state = Run(order, seed, trace, partial_simdgroups, front)
-    token = current.set(state)
+    state = Run(order, seed, trace, partial_simdgroups, front, seconds)
+    _runs.append(state)
     try:
         yield state
     finally:
-        current.reset(token)
+        _runs[:] = [one for one in _runs if one is not state]

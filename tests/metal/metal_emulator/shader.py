@@ -22,7 +22,7 @@ from . import compilers
 from .arguments import Argument, place, sizes_of, tensor_argument, value_argument
 from .entries import Entry, entry_points
 from .errors import FAILURES, AlignmentError, EmulationError, OutOfBoundsError
-from .launches import ORDERS, Launch, Run, Traffic, current
+from .launches import ORDERS, Launch, Run, Traffic, present_run
 from .structures import Buffer, KernelRow, Region, Request, TrafficCount
 from .translate import translate
 
@@ -91,6 +91,10 @@ class Kernel:
                 raise RuntimeError("threads is needed: no argument is a tensor")
             threads = first.numel()
         total = sizes_of(threads, "threads")
+        if math.prod(total) == 0:
+            raise RuntimeError(
+                f"{self.name}: threads is {total}: Metal has no empty launch, skip it"
+            )
         limit = self.max_threads_per_threadgroup
         if group_size is None:
             # As torch has it: whole rows of two- and three-dimensional grids.
@@ -109,10 +113,6 @@ class Kernel:
             )
         if math.prod(group) > limit:
             raise ValueError(f"Threadgroup size exceeds {limit} limit: {group}")
-        if math.prod(total) == 0:
-            raise RuntimeError(
-                f"{self.name}: threads is {total}: Metal has no empty launch, skip it"
-            )
         self._launch(bound, total, group)
 
     def _argument(
@@ -126,7 +126,7 @@ class Kernel:
     def _launch(
         self, bound: list[Argument], total: tuple[int, ...], group: tuple[int, ...]
     ) -> None:
-        state = current.get() or Run()
+        state = present_run() or Run()
         unit = self._library._unit(self._entry, state.trace)
         kernel = unit.kernels[self.name]
         self._check(bound, kernel.contents)
@@ -136,7 +136,7 @@ class Kernel:
         request.group_size = (*group, *(1,) * (3 - len(group)))
         request.order = ORDERS.index(state.order)
         request.traced, request.partial = state.trace, state.partial_simdgroups
-        request.front = state.front
+        request.front, request.seconds = state.front, state.seconds
         request.regions, request.buffers = len(regions), len(buffers)
         request.region = (Region * max(1, len(regions)))(*regions)
         request.buffer = (Buffer * max(1, len(buffers)))(*buffers)
@@ -236,6 +236,7 @@ class Library:
             names = [entry.name for entry in translation.entries]
             twice = sorted({name for name in names if names.count(name) > 1})
             raise SyntaxError(f"kernels that are defined twice: {', '.join(twice)}")
+        self._kernels: dict[str, Kernel] = {}
         self._units: dict[tuple[int, bool], Any] = {}
 
     def __dir__(self) -> list[str]:
@@ -246,7 +247,9 @@ class Library:
             raise AttributeError(name)
         if name not in self._entries:
             raise RuntimeError(f"Failed to create function state object for: {name}")
-        return self._kernel(self, self._entries[name])
+        if name not in self._kernels:
+            self._kernels[name] = self._kernel(self, self._entries[name])
+        return self._kernels[name]
 
     def build(self, *, trace: bool = False, workers: int = 2) -> Library:
         """Compile all units now, several at a time."""

@@ -50,6 +50,7 @@ class Request(ctypes.Structure):
         ("traced", ctypes.c_int32),
         ("partial", ctypes.c_int32),
         ("front", ctypes.c_int32),
+        ("seconds", ctypes.c_double),
         ("seed", ctypes.c_uint64),
         ("regions", ctypes.c_uint64),
         ("buffers", ctypes.c_uint64),

@@ -15,15 +15,16 @@ static uint8_t* hole() {
     return found;
 }
 
-// Map `body` bytes with an unmapped page on either side.
+// Map `body` bytes in the middle of much unmapped memory, so that no index of 32 bits, and
+// hardly one that is wrong by a stride, leads to memory of somebody else.
 static bool guard(Region& region, size_t body) {
-    region.mapped = body + 2 * page_bytes();
-    region.map = map_memory(region.mapped);
-    if (!region.map)
+    region.mapped = body + 2 * GUARD_BYTES;
+    void* found = mmap(nullptr, region.mapped, PROT_NONE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (found == MAP_FAILED)
         return false;
-    mprotect(region.map, page_bytes(), PROT_NONE);
-    mprotect(region.map + region.mapped - page_bytes(), page_bytes(), PROT_NONE);
-    return true;
+    region.map = (uint8_t*)found;
+    return mprotect(region.map + GUARD_BYTES, body, PROT_READ | PROT_WRITE) == 0;
 }
 
 // Copy each tensor so that it ends right before (or begins right behind) a guard page,
@@ -41,7 +42,7 @@ bool place_regions() {
             fail(OTHER, nullptr, "no memory for a copy of %zu bytes", size_t(wanted.bytes));
             return false;
         }
-        uint8_t* const begin = region.map + page_bytes();
+        uint8_t* const begin = region.map + GUARD_BYTES;
         size_t const phase = wanted.phase % alignment;
         size_t const last = body - wanted.bytes;
         size_t const place =
@@ -65,7 +66,9 @@ bool place_regions() {
 void return_regions() {
     for (unsigned i = 0; i < run.regions; ++i) {
         Region& region = run.region[i];
-        memcpy(run.request->region[i].data, region.data, region.bytes);
+        // A tensor that is only read may lie in memory that cannot be written.
+        if (memcmp(run.request->region[i].data, region.data, region.bytes) != 0)
+            memcpy(run.request->region[i].data, region.data, region.bytes);
         munmap(region.map, region.mapped);
         free_shadow(region.shadow, region.bytes);
         region = {};
@@ -87,25 +90,46 @@ static int buffer_at(unsigned region, size_t offset) {
     return -1;
 }
 
+// Where the poison around a region is not intact, else null.
+static uint8_t const* spoilt(Region const& region, size_t body) {
+    uint8_t const* const end = region.map + region.mapped - GUARD_BYTES;
+    for (uint8_t const* at = end - body; at < end; ++at) {
+        if (at == region.data)
+            at += region.bytes;
+        if (at < end && *at != POISON)
+            return at;
+    }
+    return nullptr;
+}
+
 // A write beyond a tensor that did not reach the guard page.
 bool check_slack() {
     for (unsigned i = 0; i < run.regions; ++i) {
         Region const& region = run.region[i];
-        uint8_t const* const begin = region.map + page_bytes();
-        uint8_t const* const end = region.map + region.mapped - page_bytes();
-        for (uint8_t const* at = begin; at < end; ++at) {
-            if (at == region.data)
-                at += region.bytes;
-            if (at < end && *at != POISON) {
-                fail(OUT_OF_BOUNDS, nullptr,
-                     "out-of-bounds write: buffer %d, byte offset %ld of %zu "
-                     "(found after the launch; tracing tells the thread)",
-                     buffer_at(i, 0), long(at - region.data), region.bytes);
-                return false;
-            }
-        }
+        uint8_t const* const at = spoilt(region, region.mapped - 2 * GUARD_BYTES);
+        if (!at)
+            continue;
+        fail(OUT_OF_BOUNDS, nullptr,
+             "out-of-bounds write: buffer %d, byte offset %ld of %zu "
+             "(found after the launch; tracing tells the thread)",
+             buffer_at(i, 0), long(at - region.data), region.bytes);
+        return false;
     }
     return true;
+}
+
+// The same for the variables of the threadgroup that ends.
+void check_group_memory() {
+    for (unsigned i = 0; i < run.variables; ++i) {
+        Region const& region = run.variable[i];
+        uint8_t const* const at =
+            region.site ? spoilt(region, whole_pages(region.bytes)) : nullptr;
+        if (at)
+            fail(OUT_OF_BOUNDS, nullptr,
+                 "out-of-bounds write: threadgroup variable '%s', byte offset %ld of %zu "
+                 "(found after the threadgroup; tracing tells the thread)",
+                 region.name, long(at - region.data), region.bytes);
+    }
 }
 
 static void describe_variable(Region const& region, uint8_t const* address, bool write,
@@ -153,8 +177,8 @@ void start_group_memory() {
 static bool fill(Region& region, size_t bytes) {
     if (!region.map && !guard(region, whole_pages(VARIABLE_BYTES)))
         return false;
-    uint8_t* const begin = region.map + page_bytes();
-    size_t const body = region.mapped - 2 * page_bytes();
+    uint8_t* const begin = region.map + GUARD_BYTES;
+    size_t const body = region.mapped - 2 * GUARD_BYTES;
     size_t const used = whole_pages(bytes);
     memset(begin + body - used, POISON, used);
     region.data = begin + (body - bytes) / 16 * 16;
@@ -187,7 +211,12 @@ extern "C" void* msl_threadgroup_memory(void const* site, char const* name,
     }
     if (!unused && run.variables < MAX_VARIABLES)
         unused = &run.variable[run.variables++];
-    if (!unused || alignment > 16 || !fill(*unused, bytes)) {
+    if (alignment > 16) {
+        fail(ALIGNMENT, nullptr, "the threadgroup variable '%s' (line %d) asks for an "
+             "alignment of %lu bytes; here it can have 16", name, line, alignment);
+        abandon();
+    }
+    if (!unused || !fill(*unused, bytes)) {
         fail(OTHER, nullptr, "no room for the threadgroup variable '%s' (line %d)", name,
              line);
         abandon();

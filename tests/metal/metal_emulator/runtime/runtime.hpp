@@ -13,6 +13,7 @@ constexpr unsigned MAX_BUFFERS = 31;
 constexpr unsigned MAX_VARIABLES = 64;       // threadgroup variables of a kernel
 constexpr size_t THREADGROUP_BYTES = 32768;  // what Metal grants
 constexpr size_t VARIABLE_BYTES = 64 << 10;  // what a slot can hold before it says no
+constexpr size_t GUARD_BYTES = size_t(4) << 30;  // unmapped on either side
 constexpr size_t HOLE_BYTES = 64 << 10;      // unmapped, for a buffer that is not bound
 
 // -------------------------------------------------------------- as Python sends it
@@ -40,6 +41,7 @@ struct Request {
     int32_t traced;   // the kernel was compiled with calls at every access
     int32_t partial;  // whether part of a simdgroup may meet
     int32_t front;    // place buffers right behind a guard page, not right before one
+    double seconds;   // after which a launch is ended
     uint64_t seed;
     uint64_t regions, buffers;
     RegionRequest const* region;
@@ -122,6 +124,7 @@ extern uint8_t* stacks;
 bool place_regions();
 void return_regions();
 bool check_slack();
+void check_group_memory();
 void describe_fault(uint8_t const* address, bool write, void const* program_counter);
 void start_group_memory();
 

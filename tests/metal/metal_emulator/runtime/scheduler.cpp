@@ -1,9 +1,12 @@
 // Runs a launch: threadgroups one after another, the lanes of each as fibers that take
 // turns in a chosen order and meet at barriers and simdgroup operations.
+#include <dlfcn.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/time.h>
 #include <ucontext.h>
 
 #include "runtime.hpp"
@@ -260,6 +263,8 @@ static void run_group(unsigned const (&place)[3]) {
     }
     for (unsigned i = 0; i * 32 < run.lanes; ++i)
         finish_step(i);
+    if (!run.request->failure)
+        check_group_memory();
     ++run.group_serial;
 }
 
@@ -289,7 +294,7 @@ static void run_groups() {
         if (request.order == BACKWARD)
             index = total - 1 - i;
         if (request.order == RANDOM)
-            index = (i * factor + request.seed) % total;
+            index = (i * factor + request.seed % total) % total;
         unsigned const place[3] = {unsigned(index % run.groups[0]),
                                    unsigned(index / run.groups[0] % run.groups[1]),
                                    unsigned(index / run.groups[0] / run.groups[1])};
@@ -315,11 +320,34 @@ static void read_context(void* context, bool& write, void const*& program_counte
 #endif
 }
 
-static void on_fault(int, siginfo_t* info, void* context) {
+static pthread_t launching;
+
+static bool in_kernel(void const* program_counter) {
+    Dl_info here, kernel;
+    return run.current && dladdr(program_counter, &here) &&
+           dladdr((void const*)run.request->kernel->entry, &kernel) &&
+           here.dli_fbase == kernel.dli_fbase;
+}
+
+static void on_signal(int signal, siginfo_t* info, void* context) {
+    if (!pthread_equal(pthread_self(), launching)) {
+        // A timer may interrupt any thread, but only this one can stop the kernel.
+        pthread_kill(launching, signal);
+        return;
+    }
     bool write = false;
     void const* program_counter = nullptr;
     read_context(context, write, program_counter);
-    describe_fault((uint8_t const*)info->si_addr, write, program_counter);
+    if (signal == SIGVTALRM && !in_kernel(program_counter))
+        return;  // not in the middle of the runtime or a library; the timer comes again
+    if (signal == SIGVTALRM)
+        fail(OTHER, program_counter, "the launch took more than %g seconds",
+             run.request->seconds);
+    else if (signal == SIGILL || signal == SIGTRAP)
+        // clang ends a kernel so where it sees an index beyond an array.
+        fail(OUT_OF_BOUNDS, program_counter, "an array's index is out of bounds");
+    else
+        describe_fault((uint8_t const*)info->si_addr, write, program_counter);
     siglongjmp(run.fault, 1);
 }
 
@@ -333,21 +361,36 @@ static bool make_stacks() {
     return stacks;
 }
 
+constexpr int SIGNALS[] = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP, SIGVTALRM};
+constexpr int COUNT = sizeof SIGNALS / sizeof *SIGNALS;
+
+// Processor time, looked at twice a second once the limit is reached.
+static void set_timer(double seconds) {
+    itimerval timer = {};
+    timer.it_value.tv_sec = time_t(seconds);
+    timer.it_value.tv_usec = suseconds_t((seconds - double(time_t(seconds))) * 1e6);
+    timer.it_interval.tv_usec = seconds > 0 ? 500000 : 0;
+    setitimer(ITIMER_VIRTUAL, &timer, nullptr);
+}
+
 static void run_guarded() {
     static uint8_t* const handler_stack = map_memory(1 << 16);
     stack_t alternative = {}, old_stack = {};
     alternative.ss_sp = handler_stack;
     alternative.ss_size = 1 << 16;
-    struct sigaction action = {}, old_segv = {}, old_bus = {};
-    action.sa_sigaction = on_fault;
-    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    struct sigaction action = {}, old[COUNT] = {};
+    action.sa_sigaction = on_signal;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_RESTART;
+    launching = pthread_self();
     sigaltstack(&alternative, &old_stack);
-    sigaction(SIGSEGV, &action, &old_segv);
-    sigaction(SIGBUS, &action, &old_bus);
+    for (int i = 0; i < COUNT; ++i)
+        sigaction(SIGNALS[i], &action, &old[i]);
+    set_timer(run.request->seconds);
     if (sigsetjmp(run.fault, 1) == 0)
         run_groups();
-    sigaction(SIGSEGV, &old_segv, nullptr);
-    sigaction(SIGBUS, &old_bus, nullptr);
+    set_timer(0);
+    for (int i = 0; i < COUNT; ++i)
+        sigaction(SIGNALS[i], &old[i], nullptr);
     sigaltstack(&old_stack, nullptr);
 }
 
