@@ -174,12 +174,17 @@ void start_group_memory() {
         run.variable[i].site = nullptr;
 }
 
+// A variable's slot keeps its place; only as many pages as it needs are there.
 static bool fill(Region& region, size_t bytes) {
     if (!region.map && !guard(region, whole_pages(VARIABLE_BYTES)))
         return false;
     uint8_t* const begin = region.map + GUARD_BYTES;
     size_t const body = region.mapped - 2 * GUARD_BYTES;
     size_t const used = whole_pages(bytes);
+    if (used != whole_pages(region.bytes)) {
+        mprotect(begin, body - used, PROT_NONE);
+        mprotect(begin + body - used, used, PROT_READ | PROT_WRITE);
+    }
     memset(begin + body - used, POISON, used);
     region.data = begin + (body - bytes) / 16 * 16;
     region.bytes = bytes;
