@@ -6,9 +6,13 @@ A twin differs from the bug by the one thing that is wrong, `BUG` being defined 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import metal_emulator as emulator
+import numpy as np
 import pytest
 import torch
 
@@ -120,6 +124,52 @@ kernel void f(device float* out, device const float* a,
         floats(64),
         emulator.OutOfBoundsError,
         r"f: read of buffer 1, which was not passed",
+    ),
+    "index that wraps around": Plant(
+        """
+kernel void f(device const float* a, device float* out,
+              uint i [[thread_position_in_grid]]) {
+#ifdef BUG
+  out[i] = a[i - 1];
+#else
+  out[i] = a[max(i, 1u) - 1];
+#endif
+}""",
+        floats(64, 64),
+        emulator.OutOfBoundsError,
+        r"f: out-of-bounds read: buffer 0, byte offset 17179869180 of 256; thread \(0, 0",
+    ),
+    "read far beyond the end": Plant(
+        """
+kernel void f(device const float* a, device float* out, constant int& stride,
+              uint i [[thread_position_in_grid]]) {
+#ifdef BUG
+  out[i] = a[i * stride];
+#else
+  out[i] = a[i];
+#endif
+}""",
+        lambda: (torch.zeros(64), torch.zeros(64), 1 << 24),
+        emulator.OutOfBoundsError,
+        r"f: out-of-bounds read: buffer 0, byte offset 67108864 of 256; thread \(1, 0, 0\)",
+    ),
+    "write into the bytes that alignment leaves before a threadgroup variable": Plant(
+        """
+kernel void f(device float* out, uint i [[thread_position_in_grid]]) {
+  threadgroup float shared[33];
+  threadgroup float* mine = shared;
+#ifdef BUG
+  mine[int(i) - 1] = 1.0f;
+#else
+  mine[i] = 1.0f;
+#endif
+  out[i] = 0.0f;
+}""",
+        floats(32),
+        emulator.OutOfBoundsError,
+        r"f: out-of-bounds write: threadgroup variable 'shared', byte offset -4 of 132",
+        threads=32,
+        group_size=32,
     ),
     "threadgroup variable's end": Plant(
         """
@@ -348,6 +398,75 @@ kernel void f(device float* out, constant int& n, uint i [[thread_position_in_gr
         emulator.DivergenceError,
         r"only part of simdgroup 1 reached .* line 8, the other lanes have returned",
     ),
+    "turns of a loop": Plant(
+        """
+kernel void f(device float* out, uint i [[thread_position_in_grid]]) {
+  float sum = 0.0f;
+  for (int k = 0; k < 4; ++k) {
+#ifdef BUG
+    if ((i + k) % 2 == 0) continue;
+#endif
+    sum += simd_sum(1.0f + k);
+  }
+  out[i] = sum;
+}""",
+        floats(32),
+        emulator.DivergenceError,
+        r"simdgroup operation in line 10 in different turns of a loop, or in different",
+        threads=32,
+        group_size=32,
+    ),
+    "branches that call the same function": Plant(
+        """
+float total(float x) { return simd_sum(x); }
+kernel void f(device float* out, uint i [[thread_position_in_grid]]) {
+  float sum;
+#ifdef BUG
+  if (i < 16) sum = total(1.0f); else sum = total(2.0f);
+#else
+  sum = total(i < 16 ? 1.0f : 2.0f);
+#endif
+  out[i] = sum;
+}""",
+        floats(32),
+        emulator.DivergenceError,
+        r"simdgroup operation in line 4 in different turns of a loop, or in different",
+        threads=32,
+        group_size=32,
+    ),
+    "branches that reach the same barrier": Plant(
+        """
+void meet() { threadgroup_barrier(mem_flags::mem_threadgroup); }
+kernel void f(device float* out, uint i [[thread_position_in_grid]]) {
+#ifdef BUG
+  if (i < 32)
+    meet();
+  else
+#endif
+    meet();
+  out[i] = 1.0f;
+}""",
+        floats(64),
+        emulator.DivergenceError,
+        r"wait at the barrier in line 4 in different turns of a loop, or in different",
+    ),
+    "matrix loaded by half a simdgroup": Plant(
+        """
+kernel void f(device const float* a, device float* out,
+              uint i [[thread_position_in_grid]]) {
+  simdgroup_float8x8 m;
+#ifdef BUG
+  if (i < 16)
+#endif
+    simdgroup_load(m, a);
+  out[i] = i < 16 ? m.thread_elements()[0] : 0.0f;
+}""",
+        floats(64, 32),
+        emulator.DivergenceError,
+        r"only part of simdgroup 0 reached the simdgroup operation in line 10",
+        threads=32,
+        group_size=32,
+    ),
     "shuffle from a lane that is not there": Plant(
         """
 kernel void f(device float* out, uint i [[thread_position_in_grid]]) {
@@ -501,6 +620,34 @@ kernel void f(device uint* out, constant int& by, uint i [[thread_position_in_gr
         emulator.UndefinedArithmeticError,
         r"f: a shift by its type's width or more.*program_source:6",
     ),
+    "float out of an integer's range": Plant(
+        """
+kernel void f(device uchar* out, constant float& x, uint i [[thread_position_in_grid]]) {
+#ifdef BUG
+  out[i] = uchar(x);
+#else
+  out[i] = uchar(clamp(x, 0.0f, 255.0f));
+#endif
+}""",
+        lambda: (torch.zeros(64, dtype=torch.uint8), 300.0),
+        emulator.UndefinedArithmeticError,
+        r"f: a float is out of range of its integer type.*program_source:6",
+    ),
+    "function that ends without a result": Plant(
+        """
+int pick(int x) {
+#ifdef BUG
+  if (x > 5) return 1;
+#else
+  return x > 5;
+#endif
+}
+kernel void f(device int* out, uint i [[thread_position_in_grid]]) { out[i] = pick(i); }
+""",
+        lambda: (torch.zeros(64, dtype=torch.int32),),
+        emulator.EmulationError,
+        r"f: a function that has a result ends without `return`",
+    ),
     "recursion without end": Plant(
         """
 #ifdef BUG
@@ -628,6 +775,46 @@ def test_tensors_come_back_after_an_error_and_the_next_launch_is_clean() -> None
     out = torch.zeros(64)
     lib.f(torch.ones(1), out, 64, threads=64, group_size=64)
     assert torch.equal(out, torch.ones(64))
+
+
+def test_an_endless_launch_is_ended() -> None:
+    lib = emulator.compile_shader(
+        PRELUDE
+        + """
+kernel void f(device int* out, constant int& step, uint i [[thread_position_in_grid]]) {
+  int k = 1;
+  while (k != 0) k = (k + step) | 1;
+  out[i] = k;
+}"""
+    )
+    with (
+        emulator.run(seconds=0.3),
+        pytest.raises(emulator.EmulationError, match=r"took more than 0.3 seconds.*:6"),
+    ):
+        lib.f(torch.zeros(1, dtype=torch.int32), 0)
+    clean = library(PLANTS["missing barrier"], bug=False)
+    clean.f(torch.zeros(64), torch.zeros(64), threads=64, group_size=64)
+
+
+def test_memory_that_cannot_be_written_may_be_read(tmp_path: Path) -> None:
+    file = tmp_path / "data"
+    file.write_bytes(np.arange(64, dtype=np.float32).tobytes())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of what is meant here
+        mapped = torch.from_numpy(np.memmap(file, np.float32, mode="r"))
+    out = torch.zeros(64)
+    clean = library(PLANTS["missing barrier"], bug=False)
+    clean.f(mapped, out, threads=64, group_size=64)
+    assert torch.equal(out, torch.arange(64.0).flip(0))
+
+
+def test_launches_of_other_threads_are_seen() -> None:
+    buggy = library(PLANTS["missing barrier"], bug=True)
+    arguments = (torch.zeros(64), torch.zeros(64))
+    with emulator.run(trace=True), ThreadPoolExecutor(1) as pool:
+        launch = pool.submit(buggy.f, *arguments, threads=64, group_size=64)
+        with pytest.raises(emulator.RaceError):
+            launch.result()
 
 
 def test_partial_simdgroups_may_be_allowed() -> None:

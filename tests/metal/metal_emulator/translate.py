@@ -28,6 +28,7 @@ from .declarations import (
     without_qualifiers,
 )
 from .entries import Entry, parameters_of
+from .meetings import mark
 from .rewrite import Body
 from .tokens import Token, matching, render, text_of, tokenize
 
@@ -51,7 +52,7 @@ def translate(preprocessed: str, *, cuda: bool = False) -> Translation:
     """
     translator = Translator(cuda)
     body = translator.scope(tokenize(preprocessed), "", inside_class=False)
-    body = Body(cuda).rewrite(body)
+    body = Body(cuda).rewrite(mark(body))
     text = "namespace msl {\n" + render(body) + "}\n"
     return Translation(text, tuple(translator.entries()))
 

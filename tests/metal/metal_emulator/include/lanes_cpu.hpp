@@ -2,6 +2,24 @@
 #pragma once
 
 namespace msl {
+
+// Marks that the translation puts where lanes may part; at a meeting they must agree.
+struct msl_arm_mark {
+    unsigned long const before;
+    explicit msl_arm_mark(unsigned which) : before(msl_path) {
+        msl_path = (before ^ which) * 0x9e3779b97f4a7c15ul;
+    }
+    ~msl_arm_mark() { msl_path = before; }
+};
+struct msl_loop_mark {
+    unsigned long const before;
+    unsigned long turns;
+    explicit msl_loop_mark(unsigned which)
+        : before(msl_path), turns((unsigned long)which << 32) {}
+    void turn() { msl_path = (before ^ ++turns) * 0x9e3779b97f4a7c15ul; }
+    ~msl_loop_mark() { msl_path = before; }
+};
+
 namespace lanes {
 
 inline unsigned lane() { return msl_lane(); }

@@ -3,6 +3,15 @@
 #pragma once
 
 namespace msl {
+// Marks for the CPU's meetings; compute-sanitizer looks for divergence in its own way.
+struct msl_arm_mark {
+    explicit msl_arm_mark(unsigned) {}
+};
+struct msl_loop_mark {
+    explicit msl_loop_mark(unsigned) {}
+    void turn() {}
+};
+
 namespace lanes {
 
 inline unsigned lane() { return threadIdx.x % 32; }

@@ -58,6 +58,8 @@ void msl_barrier(bool whole_group, unsigned flags, int line);
 void* msl_threadgroup_memory(void const* site, char const* name, unsigned long bytes,
                              unsigned long alignment, int line);
 unsigned msl_lane();
+// Where in the loops and branches around its meetings the present lane is.
+extern unsigned long msl_path;
 // A copy that the tracer sees as one read and one write, however wide it is.
 void msl_copy(void* to, void const* from, unsigned long bytes);
 // Atomic accesses never race with each other, only with plain ones.

@@ -260,11 +260,20 @@ inline simdgroup_matrix<T, Columns, Rows> make_diagonal_simdgroup_matrix(T value
     return simdgroup_matrix<T, Columns, Rows>(value);
 }
 
+// Each lane reads its own two elements, but all 32 must take part.
+inline void whole_simdgroup(Line line) {
+#if !defined(__CUDACC_RTC__)
+    if (lanes::active(line) != 0xffffffffu)
+        msl_fail(int(DIVERGENCE), "a simdgroup matrix operation needs all 32 lanes", 0);
+#endif
+}
+
 // origin is (column, row); with transpose the matrix in memory is read the other way.
 template <class T, class Pointer>
 inline void simdgroup_load(simdgroup_matrix<T, 8, 8>& d, Pointer source,
                            ulong elements_per_row = 8, ulong2 origin = ulong2(0, 0),
-                           bool transpose = false) {
+                           bool transpose = false, MSL_LINE) {
+    whole_simdgroup(line);
     int const row = matrix_row(lanes::lane()), column = matrix_column(lanes::lane());
     for (int j = 0; j < 2; ++j) {
         ulong const y = origin.y + ulong(transpose ? column + j : row);
@@ -275,7 +284,8 @@ inline void simdgroup_load(simdgroup_matrix<T, 8, 8>& d, Pointer source,
 template <class T, class Pointer>
 inline void simdgroup_store(simdgroup_matrix<T, 8, 8> const& a, Pointer target,
                             ulong elements_per_row = 8, ulong2 origin = ulong2(0, 0),
-                            bool transpose = false) {
+                            bool transpose = false, MSL_LINE) {
+    whole_simdgroup(line);
     int const row = matrix_row(lanes::lane()), column = matrix_column(lanes::lane());
     for (int j = 0; j < 2; ++j) {
         ulong const y = origin.y + ulong(transpose ? column + j : row);

@@ -15,8 +15,8 @@ static uint8_t* hole() {
     return found;
 }
 
-// Map `body` bytes in the middle of much unmapped memory, so that no index of 32 bits, and
-// hardly one that is wrong by a stride, leads to memory of somebody else.
+// Map `body` bytes in the middle of much unmapped memory: no index of 32 bits, into elements
+// of up to 16 bytes, leads to memory of somebody else.
 static bool guard(Region& region, size_t body) {
     region.mapped = body + 2 * GUARD_BYTES;
     void* found = mmap(nullptr, region.mapped, PROT_NONE,

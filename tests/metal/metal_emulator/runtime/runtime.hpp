@@ -13,7 +13,7 @@ constexpr unsigned MAX_BUFFERS = 31;
 constexpr unsigned MAX_VARIABLES = 64;       // threadgroup variables of a kernel
 constexpr size_t THREADGROUP_BYTES = 32768;  // what Metal grants
 constexpr size_t VARIABLE_BYTES = 64 << 10;  // what a slot can hold before it says no
-constexpr size_t GUARD_BYTES = size_t(4) << 30;  // unmapped on either side
+constexpr size_t GUARD_BYTES = size_t(64) << 30;  // unmapped on either side
 constexpr size_t HOLE_BYTES = 64 << 10;      // unmapped, for a buffer that is not bound
 
 // -------------------------------------------------------------- as Python sends it
@@ -86,6 +86,7 @@ struct Lane {
     bool parked;  // its fiber waits for a next threadgroup
     int line;
     unsigned flags;
+    unsigned long path;
     Combine combine;
 };
 

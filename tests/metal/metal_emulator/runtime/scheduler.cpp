@@ -37,7 +37,12 @@ void fail(int failure, void const* program_counter, char const* format, ...) {
     }
 }
 
-static void to_scheduler() { msl_switch(&run.current->stack_pointer, run.scheduler); }
+static void to_scheduler() {
+    Lane& here = *run.current;
+    here.path = msl_path;
+    msl_switch(&here.stack_pointer, run.scheduler);
+    msl_path = here.path;
+}
 
 void abandon() {
     for (;;)
@@ -63,6 +68,11 @@ static void meet(unsigned which) {
             first = &other;
         bool const same = first->state == other.state && first->line == other.line &&
                           first->combine == other.combine;
+        if (same && first->path != other.path)
+            return fail(DIVERGENCE, nullptr,
+                        "lanes of simdgroup %u wait at the simdgroup operation in line %d "
+                        "in different turns of a loop, or in different branches",
+                        which, first->line);
         if (!same)
             return fail(DIVERGENCE, nullptr,
                         "lanes of simdgroup %u wait at different simdgroup operations "
@@ -85,6 +95,7 @@ static void meet(unsigned which) {
 
 static void arrive(State state, int line) {
     Lane& here = *run.current;
+    here.path = msl_path;
     Simdgroup& group = simdgroup[here.ids.simdgroup];
     here.state = state;
     here.line = line;
@@ -103,6 +114,11 @@ static void pass_barrier() {
             continue;
         ++waiting;
         first = first ? first : &lane[i];
+        if (lane[i].line == first->line && lane[i].path != first->path)
+            return fail(DIVERGENCE, nullptr,
+                        "threads of a threadgroup wait at the barrier in line %d in "
+                        "different turns of a loop, or in different branches",
+                        first->line);
         if (lane[i].line != first->line)
             return fail(DIVERGENCE, nullptr,
                         "threads of a threadgroup wait at different barriers (lines %d "
@@ -189,6 +205,7 @@ static unsigned pick() {
 
 static void lane_main() {
     for (;;) {
+        msl_path = 0;
         run.request->kernel->entry(run.buffers, run.current->ids);
         Lane& here = *run.current;
         here.state = DONE;
@@ -399,6 +416,8 @@ static void run_guarded() {
 using namespace msl;
 
 extern "C" {
+
+unsigned long msl_path;
 
 unsigned msl_lane() { return run.current->ids.lane; }
 
