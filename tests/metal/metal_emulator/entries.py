@@ -6,8 +6,10 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
+from .declarations import argument_of, integer, name_of_parameter
 from .tokens import Token, matching, split, text_of
 
+MAX_BUFFER = 30
 INDEXED = re.compile(r"(\w+)\s*\(\s*(\d+)\s*\)")
 # Where the entry point finds each value that a kernel may ask for.
 VECTORS = {
@@ -65,27 +67,88 @@ class Entry:
 
 def parameters_of(head: Sequence[Token], opening: int) -> tuple[Parameter, ...]:
     """What fills each parameter; buffers without a number are numbered in order."""
-    found: list[Parameter] = []
-    following = 0
-    for part in split(head[opening + 1 : matching(head, opening)]):
-        attributes = [t.text for t in part if t.kind == "attribute"]
-        indexed = INDEXED.match(attributes[0]) if attributes else None
-        if indexed and indexed[1] == "buffer":
-            found.append(Parameter("buffer", int(indexed[2])))
-            following = int(indexed[2]) + 1
-        elif attributes and (attributes[0] in VECTORS or attributes[0] in SCALARS):
-            found.append(Parameter(attributes[0]))
-        elif not attributes and any(t.text in ("*", "&", "[") for t in part):
-            found.append(Parameter("buffer", following))
-            following += 1
-        else:
-            where = head[opening]
+    parts = split(head[opening + 1 : matching(head, opening)])
+    if len(parts) == 1 and text_of(parts[0]) == "void":
+        return ()
+    found = [_parameter(part) for part in parts]
+    where = f"{head[opening].file}:{head[opening].line}"
+    taken: dict[int, str] = {}
+    for part, parameter in zip(parts, found, strict=True):
+        if parameter.buffer is None:
+            continue
+        name, index = _name(part), parameter.buffer
+        if index > MAX_BUFFER:
             raise SyntaxError(
-                f"{where.file}:{where.line}: the kernel's parameter '{text_of(part)}' "
-                "cannot be filled by torch.mps.compile_shader (a pointer or reference, "
-                f"or one of {', '.join(sorted([*VECTORS, *SCALARS]))}, can)"
+                f"{where}: '{name}' has [[buffer({index})]]; Metal has buffers 0 to "
+                f"{MAX_BUFFER}"
             )
-    return tuple(found)
+        if index in taken:
+            raise SyntaxError(
+                f"{where}: '{name}' has [[buffer({index})]], as '{taken[index]}' has"
+            )
+        taken[index] = name
+    return _numbered(parts, found, where)
+
+
+def _parameter(part: Sequence[Token]) -> Parameter:
+    """What fills one parameter; a buffer without a number has none yet."""
+    attributes = [t for t in part if t.kind == "attribute"]
+    names = [name.strip() for t in attributes for name in t.text.split(",")]
+    numbers = [argument_of(t.text, "buffer") for t in attributes]
+    index = next((text for text in numbers if text is not None), None)
+    value = next((n for n in names if n in VECTORS or n in SCALARS), None)
+    if index is not None and (number := integer(index)) is not None and number >= 0:
+        return Parameter("buffer", number)
+    if index is None and value is not None:
+        return Parameter(value)
+    points = any(t.text in ("*", "&", "[") for t in part)
+    if index is None and points and set(names) <= {"maybe_unused"}:
+        return Parameter("buffer")
+    where = part[0]
+    raise SyntaxError(
+        f"{where.file}:{where.line}: the kernel's parameter '{text_of(part)}' cannot be "
+        "filled by torch.mps.compile_shader (a pointer or reference, with or without a "
+        f"[[buffer(number)]], or one of {', '.join(sorted([*VECTORS, *SCALARS]))}, can)"
+    )
+
+
+def _numbered(
+    parts: Sequence[Sequence[Token]], found: Sequence[Parameter], where: str
+) -> tuple[Parameter, ...]:
+    """Numbers for the buffers that have none.
+
+    What Apple's compiler does where others have numbers could not be tried: either it
+    goes on from the buffer before, or it takes the first number that is free. MLX's
+    kernels mix the two so that both mean the same; what they tell apart is refused.
+    """
+    taken = {p.buffer for p in found if p.buffer is not None}
+    out: list[Parameter] = []
+    following = 0
+    for part, parameter in zip(parts, found, strict=True):
+        if parameter.attribute == "buffer" and parameter.buffer is None:
+            free = next(i for i in range(len(taken) + 1) if i not in taken)
+            if free != following:
+                raise SyntaxError(
+                    f"{where}: '{_name(part)}' has no [[buffer(...)]], others have: it "
+                    f"might be buffer {free} or {following}, say which"
+                )
+            if free > MAX_BUFFER:
+                raise SyntaxError(
+                    f"{where}: '{_name(part)}' is buffer {free}; Metal has buffers 0 to "
+                    f"{MAX_BUFFER}"
+                )
+            parameter = Parameter("buffer", free)
+            taken.add(free)
+        if parameter.buffer is not None:
+            following = parameter.buffer + 1
+        out.append(parameter)
+    return tuple(out)
+
+
+def _name(part: Sequence[Token]) -> str:
+    place = name_of_parameter([t for t in part if t.kind != "attribute"])
+    plain = [t.text for t in part if t.kind != "attribute"]
+    return " ".join(plain) if place is None else plain[place]
 
 
 def entry_points(entries: Sequence[Entry], *, cuda: bool = False) -> str:
@@ -94,17 +157,17 @@ def entry_points(entries: Sequence[Entry], *, cuda: bool = False) -> str:
     for number, entry in enumerate(entries):
         call = _call(entry)
         body = (
-            f"static void msl_entry_{number}(void* const* buffers, Ids const& ids) "
+            f"static void msl_entry_{number}(void* const* buffers, host::Ids const& ids) "
             f"{{ (void)buffers; (void)ids; {call} }}\n"
-            f"static msl::Binding const msl_bindings_{number}[] = "
+            f"static host::Binding const msl_bindings_{number}[] = "
             f"{{ {_bindings(entry)} }};"
         )
         if cuda:
             body = (
                 'extern "C" __global__ void '
                 f"__launch_bounds__({entry.max_threads or 1024}) "
-                f"{cuda_symbol(number, entry)}(msl::Launch const launch) {{ "
-                "msl::Ids const ids = msl::enter(launch); (void)ids; "
+                f"{cuda_symbol(number, entry)}(host::Launch const launch) {{ "
+                "host::Ids const ids = host::enter(launch); (void)ids; "
                 f"void* const* buffers = launch.buffers; (void)buffers; {call} }}"
             )
         spaces = entry.namespace.split("::") if entry.namespace else []
@@ -117,7 +180,7 @@ def entry_points(entries: Sequence[Entry], *, cuda: bool = False) -> str:
             for number, entry in enumerate(entries)
         ]
         visible = '__attribute__((visibility("default")))'
-        out.append(f'extern "C" {visible} const msl::Kernel msl_kernels[] = {{')
+        out.append(f'extern "C" {visible} const host::Kernel msl_kernels[] = {{')
         out += [*rows, "{nullptr, nullptr, nullptr, 0}};"]
     return "\n".join([*out, "}\n"])
 
@@ -134,11 +197,11 @@ def _inside(entry: Entry) -> str:
 def _call(entry: Entry) -> str:
     arguments = []
     for place, parameter in enumerate(entry.parameters):
-        type_ = f"msl::ParameterOf<F, {place}>"
+        type_ = f"host::ParameterOf<F, {place}>"
         if parameter.buffer is not None:
-            arguments.append(f"msl::bind<{type_}>(buffers[{parameter.buffer}])")
+            arguments.append(f"host::bind<{type_}>(buffers[{parameter.buffer}])")
         elif parameter.attribute in VECTORS:
-            arguments.append(f"msl::position<{type_}>({VECTORS[parameter.attribute]})")
+            arguments.append(f"host::position<{type_}>({VECTORS[parameter.attribute]})")
         else:
             arguments.append(f"({type_})({SCALARS[parameter.attribute]})")
     function = entry.function
@@ -151,7 +214,7 @@ def _bindings(entry: Entry) -> str:
         row = "{0, 0}"
         for place, parameter in enumerate(entry.parameters):
             if parameter.buffer == slot:
-                type_ = f"msl::ParameterOf<decltype(&{entry.function}), {place}>"
-                row = f"msl::binding_of<{type_}>()"
+                type_ = f"host::ParameterOf<decltype(&{entry.function}), {place}>"
+                row = f"host::binding_of<{type_}>()"
         rows.append(row)
     return ", ".join(rows or ["{0, 0}"])

@@ -81,7 +81,7 @@ template <class T, class E> inline T __metal_ldexp(T x, E exponent) {
     return metal::ldexp(x, exponent);
 }
 
-#define MSL_LINE Line line = Line(__builtin_LINE())
+#define MSL_LINE lanes::Line line = lanes::Line(__builtin_LINE())
 #define MSL_SIMD(name)                                                     \
     template <class T> inline T __metal_simd_##name(T value, MSL_LINE) {   \
         return metal::simd_##name(value, line);                            \

@@ -78,7 +78,7 @@ void combine_shuffle(void const* operands, unsigned mask, void* results) {
             continue;
         unsigned const source = sent[i].source;
         if (source < 32 && !(mask >> source & 1))
-            msl_fail(DIVERGENCE, "a shuffle reads from a lane that does not take part", 0);
+            msl_fail(host::DIVERGENCE, "a shuffle reads from a lane that does not take part", 0);
         ((T*)results)[i] = source < 32 ? sent[source].value : sent[i].otherwise;
     }
 }
@@ -135,7 +135,7 @@ struct Factors {
 template <class D, class A, class B, class C>
 void combine_matrices(void const* operands, unsigned mask, void* results) {
     if (mask != 0xffffffffu)
-        return msl_fail(DIVERGENCE, "a simdgroup matrix operation needs all 32 lanes", 0);
+        return msl_fail(host::DIVERGENCE, "a simdgroup matrix operation needs all 32 lanes", 0);
     Factors<A, B, C> const* factors = (Factors<A, B, C> const*)operands;
     float a[8][8], b[8][8], c[8][8];
     for (int i = 0; i < 32; ++i) {
@@ -182,6 +182,8 @@ __attribute__((noinline, no_sanitize("thread"))) T update(T* address, Update con
 }  // namespace lanes
 
 // ------------------------------------------------------- from the host to a kernel
+namespace host {
+
 template <class T>
 struct BindingOf;
 template <class T>
@@ -205,4 +207,5 @@ constexpr Binding binding_of() {
     return BindingOf<T>::value;
 }
 
+}  // namespace host
 }  // namespace msl

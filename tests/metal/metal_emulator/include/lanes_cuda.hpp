@@ -120,6 +120,8 @@ inline T update(T* address, Update const& change) {
 
 }  // namespace lanes
 
+namespace host {
+
 // What a kernel is launched with; cuda.py has the same structure. A threadgroup is a
 // block of one dimension and of just its threads, and the blocks of a launch are the
 // `count` threadgroups from `first` on, all of one size: ragged edges are launches of
@@ -159,4 +161,5 @@ inline Ids enter(Launch const& launch) {
     return ids;
 }
 
+}  // namespace host
 }  // namespace msl

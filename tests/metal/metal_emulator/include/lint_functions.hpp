@@ -23,11 +23,11 @@ struct meet<A, B, true, true> {
 };
 template <class A, class B>
 struct meet<A, B, false, true> {
-    using type = metal::conditional_t<(vec_size<A> > 1), A, B>;
+    using type = metal::conditional_t<(msl_vec_size<A> > 1), A, B>;
 };
 template <class A, class B>
 using both = typename meet<A, B, __is_same(A, B),
-                           (vec_size<A> > 1 || vec_size<B> > 1)>::type;
+                           (msl_vec_size<A> > 1 || msl_vec_size<B> > 1)>::type;
 
 template <class E, int N>
 struct shaped {
@@ -39,7 +39,7 @@ struct shaped<E, 1> {
 };
 // A value of element E for each component of A.
 template <class E, class A>
-using like = typename shaped<E, vec_size<A>>::type;
+using like = typename shaped<E, msl_vec_size<A>>::type;
 
 }  // namespace detail
 
@@ -127,10 +127,10 @@ template <class A>
 bool any(A);
 #define MSL_GEOMETRY_1(name) \
     template <class A>       \
-    element_type<A> name(A);
+    msl_element_type<A> name(A);
 #define MSL_GEOMETRY_2(name) \
     template <class A>       \
-    element_type<A> name(A, A);
+    msl_element_type<A> name(A, A);
 MSL_GEOMETRY_1(length)
 MSL_GEOMETRY_1(length_squared)
 MSL_GEOMETRY_2(dot)
@@ -139,7 +139,7 @@ MSL_GEOMETRY_2(distance_squared)
 template <class A>
 A reflect(A, A);
 template <class A>
-A refract(A, A, element_type<A>);
+A refract(A, A, msl_element_type<A>);
 template <class A>
 A faceforward(A, A, A);
 

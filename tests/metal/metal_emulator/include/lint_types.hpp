@@ -111,9 +111,9 @@ constexpr Vector msl_make(Parts...) {
 }
 
 template <class T>
-using element_type = typename detail::shape<T>::element;
+using msl_element_type = typename detail::shape<T>::element;
 template <class T>
-constexpr int vec_size = detail::shape<T>::size;
+constexpr int msl_vec_size = detail::shape<T>::size;
 
 namespace metal {
 
@@ -126,7 +126,7 @@ MSL_PREDICATE(is_integral, __is_integral(T))
 MSL_PREDICATE(is_floating_point,
               __is_floating_point(T) || detail::is_16_bit_float<remove_cv_t<T>>)
 MSL_PREDICATE(is_arithmetic, is_integral_v<T> || is_floating_point_v<T>)
-MSL_PREDICATE(is_vector, (vec_size<remove_cv_t<T>> > 1))
+MSL_PREDICATE(is_vector, (msl_vec_size<remove_cv_t<T>> > 1))
 MSL_PREDICATE(is_pointer, detail::is_pointer<remove_cv_t<T>>)
 MSL_PREDICATE(is_reference, __is_lvalue_reference(T) || __is_rvalue_reference(T))
 MSL_PREDICATE(is_array, detail::is_array<T>)

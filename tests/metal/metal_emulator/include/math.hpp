@@ -6,7 +6,7 @@
 // function takes follows Metal's overloads: `pow(x, 2)` is fine for a float x, while
 // `max(x, 2)` and `sqrt(2)` are ambiguous there and refused here.
 //
-// Of the types' header this uses scalars, vec with v[i], vec_size, element_type, as_type,
+// Of the types' header this uses scalars, vec with v[i], msl_vec_size, msl_element_type, as_type,
 // MSL_INLINE and the traits in metal.
 #pragma once
 
@@ -100,34 +100,34 @@ MSL_INLINE R nextafter(A a, B b) {
 }
 
 template <class A, class K, class R = math_detail::float_result<A>,
-          class = math_detail::enable_if_t<is_integral_v<element_type<K>> &&
-                                    (vec_size<K> == vec_size<A> || vec_size<K> == 1)>>
+          class = math_detail::enable_if_t<is_integral_v<msl_element_type<K>> &&
+                                    (msl_vec_size<K> == msl_vec_size<A> || msl_vec_size<K> == 1)>>
 MSL_INLINE R ldexp(A a, K k) {
     R result;
-    if constexpr (vec_size<R> == 1) {
+    if constexpr (msl_vec_size<R> == 1) {
         result = static_cast<R>(MSL_LIBM(ldexp)(static_cast<float>(a), int(k)));
     } else {
-        for (int i = 0; i < vec_size<R>; i++) {
+        for (int i = 0; i < msl_vec_size<R>; i++) {
             float const x = static_cast<float>(a[i]);
-            result[i] = element_type<R>(MSL_LIBM(ldexp)(x, math_detail::part<int, int>(k, i)));
+            result[i] = msl_element_type<R>(MSL_LIBM(ldexp)(x, math_detail::part<int, int>(k, i)));
         }
     }
     return result;
 }
 
 template <class A, class T = math_detail::float_type<A>>
-MSL_INLINE math_detail::shaped<int, vec_size<A>> ilogb(A a) {
-    return math_detail::each<math_detail::shaped<int, vec_size<A>>, T, float>(
+MSL_INLINE math_detail::shaped<int, msl_vec_size<A>> ilogb(A a) {
+    return math_detail::each<math_detail::shaped<int, msl_vec_size<A>>, T, float>(
         [](float x) { return int(MSL_LIBM(ilogb)(x)); }, a);
 }
 
 template <class A, class R = math_detail::float_result<A>>
-MSL_INLINE R frexp(A a, math_detail::shaped<int, vec_size<A>>& exponent) {
-    if constexpr (vec_size<R> == 1) {
+MSL_INLINE R frexp(A a, math_detail::shaped<int, msl_vec_size<A>>& exponent) {
+    if constexpr (msl_vec_size<R> == 1) {
         return static_cast<R>(MSL_LIBM(frexp)(static_cast<float>(a), &exponent));
     } else {
         R result;
-        for (int i = 0; i < vec_size<R>; i++) {
+        for (int i = 0; i < msl_vec_size<R>; i++) {
             result[i] = frexp(a[i], exponent[i]);
         }
         return result;
@@ -188,14 +188,14 @@ MSL_SAME_3(min3, math_detail::lesser(math_detail::lesser(x, y), z))
 // b where the condition holds, else a.
 template <class A, class B, class C, class R = math_detail::same_result<A, B>,
           class = math_detail::enable_if_t<math_detail::is_bool<C> &&
-                                    (vec_size<C> == vec_size<R> || vec_size<C> == 1)>>
+                                    (msl_vec_size<C> == msl_vec_size<R> || msl_vec_size<C> == 1)>>
 MSL_INLINE R select(A a, B b, C condition) {
-    using T = element_type<R>;
-    if constexpr (vec_size<R> == 1) {
+    using T = msl_element_type<R>;
+    if constexpr (msl_vec_size<R> == 1) {
         return condition ? T(b) : T(a);
     } else {
         R result;
-        for (int i = 0; i < vec_size<R>; i++) {
+        for (int i = 0; i < msl_vec_size<R>; i++) {
             bool const second = math_detail::part<bool, bool>(condition, i);
             result[i] = second ? math_detail::part<T, T>(b, i) : math_detail::part<T, T>(a, i);
         }
@@ -273,8 +273,8 @@ MSL_INLINE R insert_bits(A base, B insert, uint offset, uint bits) {
 
 #define MSL_TEST_1(name, expression)                                                \
     template <class A, class T = math_detail::float_type<A>>                        \
-    MSL_INLINE math_detail::shaped<bool, vec_size<A>> name(A a) {                   \
-        return math_detail::each<math_detail::shaped<bool, vec_size<A>>, T, float>( \
+    MSL_INLINE math_detail::shaped<bool, msl_vec_size<A>> name(A a) {                   \
+        return math_detail::each<math_detail::shaped<bool, msl_vec_size<A>>, T, float>( \
             [](float x) -> bool { return expression; }, a);                         \
     }
 #define MSL_TEST_2(name, expression)                                            \
@@ -297,8 +297,8 @@ MSL_TEST_2(isunordered, math_detail::is_nan(x) || math_detail::is_nan(y))
 
 // Normal in the argument's own format.
 template <class A, class T = math_detail::float_type<A>>
-MSL_INLINE math_detail::shaped<bool, vec_size<A>> isnormal(A a) {
-    return math_detail::each<math_detail::shaped<bool, vec_size<A>>, T, float>(
+MSL_INLINE math_detail::shaped<bool, msl_vec_size<A>> isnormal(A a) {
+    return math_detail::each<math_detail::shaped<bool, msl_vec_size<A>>, T, float>(
         [](float x) {
             float const size = MSL_LIBM(fabs)(x);
             return size >= float(numeric_limits<T>::min()) && size < math_detail::infinity;
@@ -309,7 +309,7 @@ MSL_INLINE math_detail::shaped<bool, vec_size<A>> isnormal(A a) {
 template <class A, class = math_detail::enable_if_t<math_detail::is_bool<A>>>
 MSL_INLINE bool all(A a) {
     bool result = true;
-    for (int i = 0; i < vec_size<A>; i++) {
+    for (int i = 0; i < msl_vec_size<A>; i++) {
         result = result && math_detail::part<bool, bool>(a, i);
     }
     return result;
@@ -317,7 +317,7 @@ MSL_INLINE bool all(A a) {
 template <class A, class = math_detail::enable_if_t<math_detail::is_bool<A>>>
 MSL_INLINE bool any(A a) {
     bool result = false;
-    for (int i = 0; i < vec_size<A>; i++) {
+    for (int i = 0; i < msl_vec_size<A>; i++) {
         result = result || math_detail::part<bool, bool>(a, i);
     }
     return result;
@@ -346,12 +346,12 @@ MSL_INLINE T distance(A a, B b) {
     return length(a - b);
 }
 template <class A, class T = math_detail::vector_type<A>>
-MSL_INLINE vec<T, vec_size<A>> normalize(A a) {
+MSL_INLINE vec<T, msl_vec_size<A>> normalize(A a) {
     float const size = MSL_LIBM(sqrt)(math_detail::dot_product(a, a));
-    return math_detail::each<vec<T, vec_size<A>>, T, float>([=](float x) { return x / size; }, a);
+    return math_detail::each<vec<T, msl_vec_size<A>>, T, float>([=](float x) { return x / size; }, a);
 }
 template <class A, class B, class T = math_detail::vector_type<A, B>,
-          class = math_detail::enable_if_t<vec_size<A> == 3>>
+          class = math_detail::enable_if_t<msl_vec_size<A> == 3>>
 MSL_INLINE vec<T, 3> cross(A a, B b) {
     vec<T, 3> result;
     for (int i = 0; i < 3; i++) {
@@ -362,26 +362,26 @@ MSL_INLINE vec<T, 3> cross(A a, B b) {
     return result;
 }
 template <class A, class B, class T = math_detail::vector_type<A, B>>
-MSL_INLINE vec<T, vec_size<A>> reflect(A incident, B normal) {
+MSL_INLINE vec<T, msl_vec_size<A>> reflect(A incident, B normal) {
     float const twice = 2.0f * math_detail::dot_product(normal, incident);
-    return math_detail::each<vec<T, vec_size<A>>, T, float>(
+    return math_detail::each<vec<T, msl_vec_size<A>>, T, float>(
         [=](float x, float n) { return x - twice * n; }, incident, normal);
 }
 template <class A, class B, class S, class T = math_detail::vector_type<A, B>,
-          class = math_detail::enable_if_t<vec_size<S> == 1>>
-MSL_INLINE vec<T, vec_size<A>> refract(A incident, B normal, S ratio) {
+          class = math_detail::enable_if_t<msl_vec_size<S> == 1>>
+MSL_INLINE vec<T, msl_vec_size<A>> refract(A incident, B normal, S ratio) {
     float const eta = float(T(ratio));
     float const cosine = math_detail::dot_product(normal, incident);
     float const rest = 1.0f - eta * eta * (1.0f - cosine * cosine);
     float const along = rest < 0.0f ? 0.0f : eta * cosine + MSL_LIBM(sqrt)(rest);
     float const keep = rest < 0.0f ? 0.0f : eta;
-    return math_detail::each<vec<T, vec_size<A>>, T, float>(
+    return math_detail::each<vec<T, msl_vec_size<A>>, T, float>(
         [=](float x, float n) { return keep * x - along * n; }, incident, normal);
 }
 template <class A, class B, class C, class T = math_detail::vector_type<A, B, C>>
-MSL_INLINE vec<T, vec_size<A>> faceforward(A normal, B incident, C reference) {
+MSL_INLINE vec<T, msl_vec_size<A>> faceforward(A normal, B incident, C reference) {
     bool const keep = math_detail::dot_product(reference, incident) < 0.0f;
-    return math_detail::each<vec<T, vec_size<A>>, T, float>(
+    return math_detail::each<vec<T, msl_vec_size<A>>, T, float>(
         [=](float n) { return keep ? n : -n; }, normal);
 }
 

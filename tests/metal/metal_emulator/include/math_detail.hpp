@@ -28,7 +28,7 @@ using shaped = conditional_t<N == 1, T, vec<T, N>>;
 template <class... A>
 constexpr int widest() {
     int size = 1;
-    ((size = vec_size<A> > size ? vec_size<A> : size), ...);
+    ((size = msl_vec_size<A> > size ? msl_vec_size<A> : size), ...);
     return size;
 }
 
@@ -40,17 +40,17 @@ struct leading {
 template <class A, class B, class... More>
 struct leading<A, B, More...> {
     using rest = typename leading<B, More...>::type;
-    using type = conditional_t<(vec_size<A> == 1 && vec_size<rest> > 1), rest, A>;
+    using type = conditional_t<(msl_vec_size<A> == 1 && msl_vec_size<rest> > 1), rest, A>;
 };
 template <class... A>
-using leading_element = element_type<typename leading<A...>::type>;
+using leading_element = msl_element_type<typename leading<A...>::type>;
 
 // Vectors must agree with the result in type and size; scalars, beside vectors, convert.
 template <class A, class T, int N>
 inline constexpr bool fits =
-    vec_size<A> == 1 ? (N > 1 ? is_integral_v<A> || is_floating_point_v<A>
+    msl_vec_size<A> == 1 ? (N > 1 ? is_integral_v<A> || is_floating_point_v<A>
                               : is_same_v<A, T>)
-                     : vec_size<A> == N && is_same_v<element_type<A>, T>;
+                     : msl_vec_size<A> == N && is_same_v<msl_element_type<A>, T>;
 
 // The type that overloads for float, half and bfloat would settle on for scalars: integers
 // convert to anything, bfloat to float alone, and half next to float stays ambiguous.
@@ -127,7 +127,7 @@ using integer_result = shaped<integer_type<A...>, widest<A...>()>;
 // A scalar, or component i of a vector, as a `Via` and then as a `To`.
 template <class Via, class To, class A>
 MSL_INLINE To part(A const& a, int i) {
-    if constexpr (vec_size<A> == 1) {
+    if constexpr (msl_vec_size<A> == 1) {
         return static_cast<To>(static_cast<Via>(a));
     } else {
         return static_cast<To>(static_cast<Via>(a[i]));
@@ -137,12 +137,12 @@ MSL_INLINE To part(A const& a, int i) {
 // f over the components of the arguments.
 template <class Result, class Via, class To, class F, class... A>
 MSL_INLINE Result each(F f, A const&... a) {
-    if constexpr (vec_size<Result> == 1) {
+    if constexpr (msl_vec_size<Result> == 1) {
         return static_cast<Result>(f(part<Via, To>(a, 0)...));
     } else {
         Result result;
-        for (int i = 0; i < vec_size<Result>; i++) {
-            result[i] = static_cast<element_type<Result>>(f(part<Via, To>(a, i)...));
+        for (int i = 0; i < msl_vec_size<Result>; i++) {
+            result[i] = static_cast<msl_element_type<Result>>(f(part<Via, To>(a, i)...));
         }
         return result;
     }
@@ -381,17 +381,17 @@ MSL_INLINE T absolute(T x) {
 template <class A, class B>
 MSL_INLINE float dot_product(A const& a, B const& b) {
     float sum = float(a[0]) * float(b[0]);
-    for (int i = 1; i < vec_size<A>; i++) {
+    for (int i = 1; i < msl_vec_size<A>; i++) {
         sum += float(a[i]) * float(b[i]);
     }
     return sum;
 }
 
 template <class T>
-inline constexpr bool is_bool = is_same_v<element_type<T>, bool>;
+inline constexpr bool is_bool = is_same_v<msl_element_type<T>, bool>;
 
 template <class... A>
-using vector_type = enable_if_t<((vec_size<A> == widest<A...>() && vec_size<A> > 1) && ...),
+using vector_type = enable_if_t<((msl_vec_size<A> == widest<A...>() && msl_vec_size<A> > 1) && ...),
                                 float_type<A...>>;
 
 }  // namespace math_detail

@@ -3,6 +3,7 @@
 #pragma once
 
 namespace msl {
+namespace host {
 
 // Where a thread stands; the names follow MSL's attributes.
 struct Ids {
@@ -45,6 +46,7 @@ enum Failure : int {
     OTHER,
 };
 
+}  // namespace host
 }  // namespace msl
 
 extern "C" {

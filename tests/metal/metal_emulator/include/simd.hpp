@@ -3,9 +3,11 @@
 #pragma once
 #include "runtime.hpp"
 
-#define MSL_LINE Line line = Line(__builtin_LINE())
+#define MSL_LINE lanes::Line line = lanes::Line(__builtin_LINE())
 
 namespace msl {
+
+namespace lanes {
 
 // The two elements of an 8x8 matrix that a lane holds. Apple does not document it;
 // MLX's kernels rely on this layout.
@@ -18,6 +20,7 @@ constexpr int matrix_lane(int row, int column) {
 // Where a function was called; a type of its own, so that no argument slips into it.
 enum class Line : int {};
 
+}  // namespace lanes
 }  // namespace msl
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
@@ -71,10 +74,10 @@ struct Xor {
 // Apply a function of scalars to each component.
 template <class T, class Function>
 inline T componentwise(T value, Function const& function) {
-    if constexpr (vec_size<T> == 1) {
+    if constexpr (msl_vec_size<T> == 1) {
         return function(value);
     } else {
-        for (int i = 0; i < vec_size<T>; ++i)
+        for (int i = 0; i < msl_vec_size<T>; ++i)
             value[i] = function(value[i]);
         return value;
     }
@@ -91,6 +94,14 @@ inline T prefix_all(T value, Line line) {
     return componentwise(value, [=](auto part) {
         return prefix<Operation, decltype(part), Inclusive>(part, line);
     });
+}
+
+// Each lane reads its own two elements, but all 32 must take part.
+inline void whole_simdgroup(Line line) {
+#if !defined(__CUDACC_RTC__)
+    if (active(line) != 0xffffffffu)
+        msl_fail(int(host::DIVERGENCE), "a simdgroup matrix operation needs all 32 lanes", 0);
+#endif
 }
 
 // A lane that does not exist: the caller keeps its `otherwise`.
@@ -236,7 +247,7 @@ struct simdgroup_matrix {
     simdgroup_matrix() = default;
     // A diagonal matrix, as in Metal; make_filled_simdgroup_matrix fills.
     explicit simdgroup_matrix(T diagonal) {
-        int const row = matrix_row(lanes::lane()), column = matrix_column(lanes::lane());
+        int const row = lanes::matrix_row(lanes::lane()), column = lanes::matrix_column(lanes::lane());
         elements[0] = row == column ? diagonal : T(0);
         elements[1] = row == column + 1 ? diagonal : T(0);
     }
@@ -260,21 +271,13 @@ inline simdgroup_matrix<T, Columns, Rows> make_diagonal_simdgroup_matrix(T value
     return simdgroup_matrix<T, Columns, Rows>(value);
 }
 
-// Each lane reads its own two elements, but all 32 must take part.
-inline void whole_simdgroup(Line line) {
-#if !defined(__CUDACC_RTC__)
-    if (lanes::active(line) != 0xffffffffu)
-        msl_fail(int(DIVERGENCE), "a simdgroup matrix operation needs all 32 lanes", 0);
-#endif
-}
-
 // origin is (column, row); with transpose the matrix in memory is read the other way.
 template <class T, class Pointer>
 inline void simdgroup_load(simdgroup_matrix<T, 8, 8>& d, Pointer source,
                            ulong elements_per_row = 8, ulong2 origin = ulong2(0, 0),
                            bool transpose = false, MSL_LINE) {
-    whole_simdgroup(line);
-    int const row = matrix_row(lanes::lane()), column = matrix_column(lanes::lane());
+    lanes::whole_simdgroup(line);
+    int const row = lanes::matrix_row(lanes::lane()), column = lanes::matrix_column(lanes::lane());
     for (int j = 0; j < 2; ++j) {
         ulong const y = origin.y + ulong(transpose ? column + j : row);
         ulong const x = origin.x + ulong(transpose ? row : column + j);
@@ -285,8 +288,8 @@ template <class T, class Pointer>
 inline void simdgroup_store(simdgroup_matrix<T, 8, 8> const& a, Pointer target,
                             ulong elements_per_row = 8, ulong2 origin = ulong2(0, 0),
                             bool transpose = false, MSL_LINE) {
-    whole_simdgroup(line);
-    int const row = matrix_row(lanes::lane()), column = matrix_column(lanes::lane());
+    lanes::whole_simdgroup(line);
+    int const row = lanes::matrix_row(lanes::lane()), column = lanes::matrix_column(lanes::lane());
     for (int j = 0; j < 2; ++j) {
         ulong const y = origin.y + ulong(transpose ? column + j : row);
         ulong const x = origin.x + ulong(transpose ? row : column + j);
@@ -409,6 +412,8 @@ inline void atomic_thread_fence(mem_flags, memory_order = memory_order_relaxed,
 }  // namespace metal
 
 // ------------------------------------------------------- from the host to a kernel
+namespace host {
+
 template <class F, int Place>
 struct ParameterAt;
 template <class R, class First, class... Rest, int Place>
@@ -438,15 +443,16 @@ inline T bind(void* buffer) {
 // A position is asked for as a scalar or as a vector of any integer type.
 template <class T>
 inline T position(unsigned const (&place)[3]) {
-    if constexpr (vec_size<T> == 1) {
+    if constexpr (msl_vec_size<T> == 1) {
         return T(place[0]);
     } else {
         T out;
-        for (int i = 0; i < vec_size<T>; ++i)
-            out[i] = element_type<T>(place[i]);
+        for (int i = 0; i < msl_vec_size<T>; ++i)
+            out[i] = msl_element_type<T>(place[i]);
         return out;
     }
 }
 
+}  // namespace host
 }  // namespace msl
 #undef MSL_LINE

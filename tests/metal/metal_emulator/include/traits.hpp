@@ -262,8 +262,8 @@ struct shape<packed_vec<T, N>> : shape<vec<T, N>> {};
 
 // The type of a vector's components, and how many they are; a scalar is its own.
 template <class T>
-using element_type = typename detail::shape<T>::element;
+using msl_element_type = typename detail::shape<T>::element;
 template <class T>
-inline constexpr int vec_size = detail::shape<T>::size;
+inline constexpr int msl_vec_size = detail::shape<T>::size;
 
 }  // namespace msl

@@ -89,9 +89,9 @@ MSL_INLINE constexpr T const& component_at(components<T, N> const& v, ptrdiff_t 
 // Number I of all the components of scalars and vectors written in a row.
 template <int I, class First, class... Rest>
 MSL_INLINE constexpr auto pick(First const& first, Rest const&... rest) {
-    if constexpr (I >= vec_size<First>) {
-        return pick<I - vec_size<First>>(rest...);
-    } else if constexpr (vec_size<First> == 1) {
+    if constexpr (I >= msl_vec_size<First>) {
+        return pick<I - msl_vec_size<First>>(rest...);
+    } else if constexpr (msl_vec_size<First> == 1) {
         return first;
     } else {
         return component<I>(first);
@@ -101,7 +101,7 @@ MSL_INLINE constexpr auto pick(First const& first, Rest const&... rest) {
 // A selection of a vector's components that can be assigned to.
 template <class Vector, int... I>
 struct swizzled {
-    using value_type = vec<element_type<Vector>, sizeof...(I)>;
+    using value_type = vec<msl_element_type<Vector>, sizeof...(I)>;
     Vector& target;
 
     MSL_INLINE constexpr explicit swizzled(Vector& v) : target(v) {}
@@ -153,10 +153,10 @@ MSL_INLINE constexpr components<T, N> gather(A const&... a) {
 }
 
 template <class... A>
-inline constexpr int total_size = (0 + ... + vec_size<A>);
+inline constexpr int total_size = (0 + ... + msl_vec_size<A>);
 template <class... A>
 inline constexpr bool all_numeric =
-    ((kind_of<element_type<A>> != not_scalar) && ...);
+    ((kind_of<msl_element_type<A>> != not_scalar) && ...);
 
 }  // namespace detail
 

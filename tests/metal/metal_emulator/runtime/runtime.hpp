@@ -7,6 +7,8 @@
 
 namespace msl {
 
+using namespace host;
+
 constexpr unsigned MAX_THREADS = 1024;  // of a threadgroup
 constexpr unsigned MAX_SIMDGROUPS = MAX_THREADS / 32;
 constexpr unsigned MAX_BUFFERS = 31;
