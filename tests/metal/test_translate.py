@@ -92,11 +92,11 @@ float ( & r ) [ 4 ] = * q ;
 namespace inner {
 template <typename T, int N>
 [[kernel, max_total_threads_per_threadgroup(64)]] void f(
-    device T* x [[buffer(2)]], constant int& n, device T* y [[buffer(0)]],
+    device T* x [[buffer(1)]], constant int& n, device T* y [[buffer(0)]],
     uint2 at [[thread_position_in_grid]], ushort lane [[thread_index_in_simdgroup]]);
 template <typename T, int N>
 [[kernel, max_total_threads_per_threadgroup(64)]] void f(
-    device T* x [[buffer(2)]], constant int& n, device T* y [[buffer(0)]],
+    device T* x [[buffer(1)]], constant int& n, device T* y [[buffer(0)]],
     uint2 at [[thread_position_in_grid]], ushort lane [[thread_index_in_simdgroup]]) {}
 template [[host_name("f_" "float")]] [[kernel]]
 decltype(f<float, (1 > 0)>) f<float, (1 > 0)>;
@@ -115,7 +115,7 @@ decltype(f<float, (1 > 0)>) f<float, (1 > 0)>;
                 for e in translation.entries
             ),
             """\
-f_float: inner f < float , ( 1 > 0 ) >, 4 buffers, 64 threads: buffer 2, buffer 3, buffer 0, thread_position_in_grid, thread_index_in_simdgroup
+f_float: inner f < float , ( 1 > 0 ) >, 3 buffers, 64 threads: buffer 1, buffer 2, buffer 0, thread_position_in_grid, thread_index_in_simdgroup
 renamed: - plain, 1 buffers, None threads: buffer 0""",  # noqa: E501
         )
         text = entry_points(translation.entries)

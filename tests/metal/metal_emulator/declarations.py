@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .tokens import Token, matching, matching_angle, split, text_of
 
@@ -11,6 +13,16 @@ ADDRESS_SPACES = frozenset(
     ("device", "constant", "threadgroup", "thread", "ray_data", "object_data")
 )
 NO_FUNCTIONS = frozenset(("alignas", "decltype", "__attribute__", "noexcept"))
+TYPE_WORD = re.compile(
+    "const|volatile|(un)?signed|void|bool|char|short|int|long|half|float|auto"
+)
+OPERATIONS: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+}
+# A parameter's name, and its place as text.
+Names = dict[str, str]
 HOST_NAME = re.compile(r"host_name\s*\((.*)\)")
 
 
@@ -61,6 +73,36 @@ def kind_of(head: Sequence[Token], following: str) -> str:
     return "function"
 
 
+def argument_of(attribute: str, name: str) -> str | None:
+    """What stands in the brackets of `name(...)` in an attribute's text."""
+    found = re.search(rf"\b{name}\s*\(", attribute)
+    if found is None:
+        return None
+    depth = 1
+    for end in range(found.end(), len(attribute)):
+        depth += (attribute[end] == "(") - (attribute[end] == ")")
+        if depth == 0:
+            return attribute[found.end() : end]
+    return None
+
+
+def integer(text: str) -> int | None:
+    """The value of sums and products of integer literals; None for all else."""
+    plain = re.sub(r"\b(0[xX][\da-fA-F]+|\d+)[uUlL]*\b", r"\1", text.replace("'", ""))
+    try:
+        return _value(ast.parse(plain.strip(), mode="eval").body)
+    except (SyntaxError, ValueError):
+        return None
+
+
+def _value(node: ast.expr) -> int:
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return node.value
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATIONS:
+        return OPERATIONS[type(node.op)](_value(node.left), _value(node.right))
+    raise ValueError(ast.dump(node))
+
+
 def host_name(attributes: Sequence[str]) -> str | None:
     for attribute in attributes:
         if match := HOST_NAME.search(attribute):
@@ -69,20 +111,43 @@ def host_name(attributes: Sequence[str]) -> str | None:
 
 
 def instantiated(tokens: Sequence[Token]) -> str:
-    """The function named by `template [kernel] void f<T>(...);` or by `decltype`."""
-    rest = [t for t in tokens[1:-1] if t.text != "kernel"]
-    if starts(rest, "decltype"):
-        return text_of(rest[matching(rest, 1) + 1 :])
-    if starts(rest, "void"):
-        end = 1
-        while end < len(rest) and rest[end].text != "(":
-            end = matching_angle(rest, end) if rest[end].text == "<" else end
-            end += 1
-        return text_of(rest[1:end])
+    """The function named by `template [kernel] void f<T>(...);`.
+
+    A type without parameters may stand for `void`: `decltype(f<T>) f<T>;`.
+    """
+    rest = [t for t in tokens[1:-1] if t.text not in ("kernel", "inline", "static")]
+    start = _end_of_name(rest, 0)
+    end = _end_of_name(rest, start)
+    if 0 < start < end and (end == len(rest) or rest[end].text == "("):
+        return text_of(rest[start:end])
     where = tokens[0]
     raise SyntaxError(
         f"{where.file}:{where.line}: cannot read this instantiation: {text_of(tokens)}"
     )
+
+
+def _end_of_name(tokens: Sequence[Token], start: int) -> int:
+    """Where `a::b<c>` or `decltype(...)` that begins at `start` ends."""
+    position = start
+    while position < len(tokens):
+        text = tokens[position].text
+        after_scope = position == start or tokens[position - 1].text == "::"
+        if text == "decltype" and position == start:
+            position = matching(tokens, position + 1)
+        elif text == "<" and position > start:
+            position = matching_angle(tokens, position)
+        elif text != "::" and not (tokens[position].kind == "word" and after_scope):
+            break
+        position += 1
+    return position
+
+
+def before_parameters(head: Sequence[Token], opening: int) -> int:
+    """The index of the last token before a function's `(` that is no attribute."""
+    place = opening - 1
+    while place > 0 and head[place].kind == "attribute":
+        place -= 1
+    return place
 
 
 def parameter_list(head: Sequence[Token]) -> int:
@@ -96,7 +161,8 @@ def parameter_list(head: Sequence[Token]) -> int:
             position += 1
         return position
     while position < len(head):
-        token, before = head[position], head[position - 1]
+        token = head[position]
+        before = head[before_parameters(head, position)]
         if token.kind == "mark" and token.text == "<" and before.text == "template":
             position = matching_angle(head, position)
         elif token.kind == "mark" and token.text == "(":
@@ -141,29 +207,75 @@ def has_const(tokens: Sequence[Token], position: int) -> bool:
     return False
 
 
-def signature(head: Sequence[Token]) -> str:
-    """A function's declaration without address spaces and parameter names."""
+def signature(head: Sequence[Token]) -> tuple[str, Names]:
+    """A declaration without address spaces, and the names it gives its parameters.
+
+    Two declarations that C++ takes for the same have the same text; the names' places
+    tell how the body of one reads with the names of the other.
+    """
+    names = template_names(head)
     opening = parameter_list(head) if "(" in {t.text for t in head} else -1
     if opening < 0:
-        return text_of(erase_spaces(head))
+        return canonical(head, names), names
     closing = matching(head, opening)
     parts = []
-    for part in split(head[opening + 1 : closing]):
-        erased = erase_spaces(part)
-        if "=" in [t.text for t in erased]:
-            erased = erased[: [t.text for t in erased].index("=")]
-        named = len(erased) > 1 and erased[-1].kind == "word"
-        # `const uint` has no name; `const uint x` and `T* x` have.
-        if named and (len(erased) > 2 or erased[-2].text not in ("const", "unsigned")):
-            erased = erased[:-1]
-        parts.append(text_of(erased))
+    for number, part in enumerate(split(head[opening + 1 : closing])):
+        texts = [t.text for t in part]
+        part = part[: texts.index("=")] if "=" in texts else part
+        part = [t for t in part if t.kind != "attribute"]
+        place = name_of_parameter(part)
+        if place is not None:
+            names[part[place].text] = f"parameter {number}"
+            part = [*part[:place], *part[place + 1 :]]
+        parts.append(part)
     tail = []
-    for token in erase_spaces(head[closing + 1 :]):
+    for token in head[closing + 1 :]:
         if token.text == ":":
             break
         tail.append(token)
-    before = text_of(erase_spaces(head[: opening + 1]))
-    return f"{before}{' , '.join(parts)} ) {text_of(tail)}"
+    before = canonical(head[: opening + 1], names)
+    inside = " , ".join(canonical(part, names) for part in parts)
+    return f"{before} {inside} ) {canonical(tail, names)}".rstrip(), names
+
+
+def template_names(head: Sequence[Token]) -> Names:
+    """Template parameters by name: which list, and which place in it."""
+    names: Names = {}
+    rest = [t for t in head if t.kind != "attribute"]
+    while starts(rest, "template") and starts(rest[1:], "<"):
+        end = matching_angle(rest, 1)
+        for part in split(rest[2:end]):
+            texts = [t.text for t in part]
+            part = part[: texts.index("=")] if "=" in texts else part
+            if len(part) > 1 and part[-1].kind == "word" and part[-2].text != "::":
+                names[part[-1].text] = f"template parameter {len(names)}"
+        rest = rest[end + 1 :]
+    return names
+
+
+def name_of_parameter(part: Sequence[Token]) -> int | None:
+    """Where the name stands in a parameter without its default; None for no name."""
+    texts = [t.text for t in part]
+    last, depth = len(part) - 1, 0
+    while last > 0 and (texts[last] == "]" or depth):
+        depth += (texts[last] == "]") - (texts[last] == "[")
+        last -= 1
+    if last > 0 and texts[last] == ")":
+        # `T (&name)[4]`
+        last -= 1
+    if last < 1 or part[last].kind != "word" or TYPE_WORD.fullmatch(texts[last]):
+        return None
+    unnamed = ("::", "const", "volatile", "unsigned", "signed", "typename")
+    return None if texts[last - 1] in (*unnamed, *ADDRESS_SPACES) else last
+
+
+def canonical(tokens: Sequence[Token], names: Names) -> str:
+    """Text without address spaces, in which parameters go by their places."""
+    out: list[str] = []
+    for token in erase_spaces(tokens):
+        is_member = bool(out) and out[-1] in (".", "->", "::")
+        out.append(token.text if is_member else names.get(token.text, token.text))
+    return " ".join(out)
 
 
 def without_qualifiers(head: list[Token]) -> list[Token]:

@@ -16,7 +16,7 @@ PATTERN = re.compile(
     (?P<space>[ \t\f\v\r]+)
   | (?P<newline>\n)
   | (?P<text>"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')
-  | (?P<number>\.?\d(?:[eEpP][+-]|[\w.])*)
+  | (?P<number>\.?\d(?:[eEpP][+-]|'(?=\w)|[\w.])*)
   | (?P<word>[A-Za-z_]\w*)
   | (?P<mark>\[\[|::|->\*?|<<=|>>=|<=|>=|==|!=|&&|\|\||\+\+|--|<<|>>|\.\.\.
       |[-+*/%&|^]=|.)
@@ -100,26 +100,45 @@ def matching(tokens: Sequence[Token], start: int) -> int:
 
 
 def matching_angle(tokens: Sequence[Token], start: int) -> int:
-    """The index of the token whose `>` closes the `<` at `start`.
+    """The index of the token whose `>` closes the `<` at `start`."""
+    end = closing_angle(tokens, start)
+    if end is None:
+        where = tokens[start]
+        raise SyntaxError(f"{where.file}:{where.line}: '<' is never closed")
+    return end
+
+
+def closing_angle(tokens: Sequence[Token], start: int) -> int | None:
+    """As `matching_angle`; None where the `<` at `start` can only be a comparison.
 
     Brackets inside are skipped, so that a `>` which compares must stand in parentheses,
-    as C++ itself asks of template arguments.
+    as C++ itself asks of template arguments. A `<` inside opens arguments of its own if
+    all of them can then be closed, and else compares: `enable_if_t<bits < 8, bool>`.
     """
-    depth, position = 0, start
-    while position < len(tokens):
-        token = tokens[position]
-        if token.kind == "mark":
-            if token.text in ("(", "[", "{"):
+    failed: set[tuple[int, int]] = set()
+
+    def close(position: int, depth: int) -> int | None:
+        first = (position, depth)
+        while position < len(tokens) and first not in failed:
+            token = tokens[position]
+            text = token.text if token.kind == "mark" else ""
+            if text in (";", ")", "]", "}"):
+                break
+            if text in CLOSING:
                 position = matching(tokens, position)
-            elif token.text == "<":
-                depth += not _compares(tokens, position)
-            elif token.text in (">", ">>"):
-                depth -= len(token.text)
+            elif text == "<" and not _compares(tokens, position):
+                end = close(position + 1, depth + 1)
+                if end is not None:
+                    return end
+            elif text in (">", ">>"):
+                depth -= len(text)
                 if depth <= 0:
                     return position
-        position += 1
-    where = tokens[start]
-    raise SyntaxError(f"{where.file}:{where.line}: '<' is never closed")
+            position += 1
+        failed.add(first)
+        return None
+
+    return close(start + 1, 1)
 
 
 def _compares(tokens: Sequence[Token], position: int) -> bool:
@@ -134,17 +153,21 @@ def split(tokens: Sequence[Token], separator: str = ",") -> list[list[Token]]:
     For parameter lists and declarators, where `<` opens template arguments.
     """
     parts: list[list[Token]] = [[]]
-    depth = 0
-    for position, token in enumerate(tokens):
+    position = 0
+    while position < len(tokens):
+        token, end = tokens[position], None
         if token.kind == "mark":
-            depth += token.text in ("(", "[", "{")
-            depth += token.text == "<" and not _compares(tokens, position)
-            depth -= token.text in (")", "]", "}", ">")
-            depth -= 2 * (token.text == ">>")
-            if depth == 0 and token.text == separator:
+            if token.text == separator:
                 parts.append([])
+                position += 1
                 continue
-        parts[-1].append(token)
+            if token.text in CLOSING:
+                end = matching(tokens, position)
+            elif token.text == "<" and not _compares(tokens, position):
+                end = closing_angle(tokens, position)
+        end = position if end is None else end
+        parts[-1] += tokens[position : end + 1]
+        position = end + 1
     return parts if parts != [[]] else []
 
 

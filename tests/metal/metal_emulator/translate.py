@@ -13,26 +13,32 @@ of a kernel's parameters). What has to change on the way:
 from __future__ import annotations
 
 import dataclasses
-import re
 
 from .declarations import (
     ADDRESS_SPACES,
-    erase_spaces,
+    Names,
+    argument_of,
+    before_parameters,
+    canonical,
     host_name,
     instantiated,
+    integer,
     is_access,
     kind_of,
     parameter_list,
     signature,
     starts,
+    template_names,
     without_qualifiers,
 )
 from .entries import Entry, parameters_of
 from .meetings import mark
 from .rewrite import Body
-from .tokens import Token, matching, render, text_of, tokenize
+from .tokens import Token, matching, render, tokenize
 
-THREAD_LIMIT = re.compile(r"max_total_threads_per_threadgroup\s*\(\s*(\d+)")
+THREAD_LIMIT = "max_total_threads_per_threadgroup"
+# Each declaration by its text without address spaces: its body's text, and its place.
+Seen = dict[str, tuple[str, Token]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +54,8 @@ def translate(preprocessed: str, *, cuda: bool = False) -> Translation:
 
     Raises:
         SyntaxError: brackets that do not match, or a kernel whose parameters or
-            instantiation cannot be understood; the message names file and line.
+            instantiation cannot be understood, or a construct whose meaning would be
+            lost; the message names file and line.
     """
     translator = Translator(cuda)
     body = translator.scope(tokenize(preprocessed), "", inside_class=False)
@@ -62,33 +69,43 @@ class Translator:
 
     def __init__(self, cuda: bool) -> None:
         self.cuda = cuda
-        self.kernels: dict[str, Entry] = {}
+        # By name, then by namespace.
+        self.kernels: dict[str, dict[str, Entry]] = {}
         self.instances: list[tuple[str, str, str, Token]] = []
-        self.seen: dict[str, set[str]] = {}
+        self.seen: dict[str, Seen] = {}
 
     def entries(self) -> list[Entry]:
         found = []
         for name, function, namespace, where in self.instances:
-            base = function.split("<")[0].split("::")[-1].strip()
-            if base not in self.kernels:
+            kernel = self.named(function.split("<")[0].replace(" ", ""), namespace)
+            if kernel is None:
                 raise SyntaxError(
-                    f"{where.file}:{where.line}: '{name}' instantiates '{base}', which "
-                    "is not a kernel of this source"
+                    f"{where.file}:{where.line}: '{name}' instantiates '{function}', "
+                    "which is not a kernel of this source, or one of several"
                 )
             found.append(
                 dataclasses.replace(
-                    self.kernels[base],
-                    name=name,
-                    function=function,
-                    namespace=namespace,
+                    kernel, name=name, function=function, namespace=namespace
                 )
             )
         return found
 
+    def named(self, name: str, namespace: str) -> Entry | None:
+        """The kernel that `name` means in a namespace: the nearest, or the only one."""
+        *qualifiers, base = name.removeprefix("::").split("::")
+        known = self.kernels.get(base, {})
+        around = namespace.split("::") if namespace else []
+        for count in range(len(around), -1, -1):
+            path = "::".join([*around[:count], *qualifiers])
+            if path in known:
+                return known[path]
+        # A `using` may have brought it here.
+        return next(iter(known.values())) if len(known) == 1 else None
+
     def scope(self, tokens: list[Token], path: str, inside_class: bool) -> list[Token]:
         """Translate the declarations of one namespace or class."""
         # A namespace may be opened many times, a class only once.
-        seen: set[str] = set() if inside_class else self.seen.setdefault(path, set())
+        seen: Seen = {} if inside_class else self.seen.setdefault(path, {})
         out: list[Token] = []
         start = position = 0
         while position < len(tokens):
@@ -148,25 +165,25 @@ class Translator:
         end: int,
         stop: int,
         path: str,
-        seen: set[str],
+        seen: Seen,
     ) -> list[Token]:
         head = tokens[start:brace]
-        key = "class " + text_of(erase_spaces(head))
-        if key in seen and any(t.text in ADDRESS_SPACES for t in head):
+        names = template_names(head)
+        key = "class " + canonical(head, names)
+        if known(key, names, head, tokens[brace : stop + 1], seen):
             return []
-        seen.add(key)
         body = self.scope(tokens[brace + 1 : end], path, inside_class=True)
         return [*head, tokens[brace], *body, *tokens[end : stop + 1]]
 
     def declaration(
-        self, head: list[Token], body: list[Token] | None, path: str, seen: set[str]
+        self, head: list[Token], body: list[Token] | None, path: str, seen: Seen
     ) -> list[Token]:
         """Translate one declaration that is not a class or a namespace.
 
         `body` is a function's, braces included; without one, `head` ends in `;`.
         """
         words = {t.text for t in head if t.kind == "word"}
-        head = without_qualifiers(head)
+        original, head = head, without_qualifiers(head)
         attributes = [t.text for t in head if t.kind == "attribute"]
         plain = [t for t in head if t.kind != "attribute"]
         is_instance = starts(plain, "template") and not starts(plain[1:], "<")
@@ -185,25 +202,48 @@ class Translator:
                 *head[:-1],
                 *(head[-1].like(t, "mark") for t in ("=", "{", "}", ";")),
             ]
-        if body is not None and words & ADDRESS_SPACES:
-            key = signature(head)
-            if key in seen:
+        if body is not None:
+            key, names = signature(head)
+            # A constructor's initializers belong to what it does.
+            texts = [t.text for t in head]
+            start = texts.index(":") if ":" in texts else len(head)
+            if known(key, names, original, [*head[start:], *body], seen):
                 return []
-            seen.add(key)
-        elif body is not None:
-            seen.add(signature(head))
         return [*head, *(body or [])]
 
     def kernel(self, head: list[Token], path: str) -> None:
         opening = parameter_list(head)
-        name = head[opening - 1].text
+        name = head[before_parameters(head, opening)].text
         parameters = parameters_of(head, opening)
         attributes = [t.text for t in head if t.kind == "attribute"]
         limit = None
         for attribute in attributes:
-            if match := THREAD_LIMIT.search(attribute):
-                limit = int(match[1])
-        self.kernels[name] = Entry(name, name, path, parameters, limit)
+            if text := argument_of(attribute, THREAD_LIMIT):
+                limit = integer(text)
+        entry = Entry(name, name, path, parameters, limit)
+        self.kernels.setdefault(name, {})[path] = entry
         if head[0].text != "template":
             host = host_name(attributes) or name
             self.instances.append((host, name, path, head[0]))
+
+
+def known(
+    key: str, names: Names, head: list[Token], content: list[Token], seen: Seen
+) -> bool:
+    """Whether a declaration is there already but for its address spaces.
+
+    Raises:
+        SyntaxError: it is, and does something else.
+    """
+    text = canonical(content, names)
+    if key not in seen or not any(t.text in ADDRESS_SPACES for t in head):
+        seen[key] = (text, head[0])
+        return False
+    first, where = seen[key]
+    if text != first:
+        raise SyntaxError(
+            f"{head[0].file}:{head[0].line}: '{key}' is at {where.file}:{where.line} "
+            "already: only address spaces tell the two apart, which the translation to "
+            "C++ drops, so that their bodies have to be the same"
+        )
+    return True

@@ -8,7 +8,13 @@ import re
 from collections.abc import Iterator, Sequence
 
 from ..compilers import INCLUDE
-from ..declarations import is_access, kind_of, parameter_list, without_template
+from ..declarations import (
+    before_parameters,
+    is_access,
+    kind_of,
+    parameter_list,
+    without_template,
+)
 from ..tokens import Token, matching, matching_angle, split, text_of
 
 Found = Iterator[tuple[Token, str]]
@@ -70,7 +76,7 @@ class Declaration:
         texts = [t.text for t in self.head]
         if "operator" in texts or not self.opening:
             return texts.index("operator") if "operator" in texts else 0
-        place, depth = self.opening - 1, 0
+        place, depth = before_parameters(self.head, self.opening), 0
         while texts[place] in (">", ">>") or depth:  # f<int>(...) is a specialisation
             depth += texts[place].count(">") if texts[place] in (">", ">>") else 0
             depth -= texts[place] == "<"

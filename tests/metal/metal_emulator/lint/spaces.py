@@ -26,7 +26,7 @@ from ..declarations import (
 )
 from ..rewrite import is_scope_name, literal
 from ..tokens import Token, matching, matching_angle, render, split, tokenize
-from ..translate import Translator
+from ..translate import Seen, Translator
 from .messages import Diagnostic, parse
 
 OLDEST_CLANG = 17
@@ -87,13 +87,13 @@ class _Spaces(Translator):
         end: int,
         stop: int,
         path: str,
-        seen: set[str],
+        seen: Seen,
     ) -> list[Token]:
         body = self.scope(tokens[brace + 1 : end], path, inside_class=True)
         return [*tokens[start : brace + 1], *body, *tokens[end : stop + 1]]
 
     def declaration(
-        self, head: list[Token], body: list[Token] | None, path: str, seen: set[str]
+        self, head: list[Token], body: list[Token] | None, path: str, seen: Seen
     ) -> list[Token]:
         attributes = [t.text for t in head if t.kind == "attribute"]
         plain = [t for t in head if t.kind != "attribute"]
