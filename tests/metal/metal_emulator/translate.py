@@ -31,10 +31,10 @@ from .declarations import (
     template_names,
     without_qualifiers,
 )
-from .entries import Entry, parameters_of
+from .entries import Entry, Parameter, parameters_of
 from .meetings import mark
 from .rewrite import Body
-from .tokens import Token, matching, render, tokenize
+from .tokens import Token, matching, render, text_of, tokenize
 
 THREAD_LIMIT = "max_total_threads_per_threadgroup"
 # Each declaration by its text without address spaces: its body's text, and its place.
@@ -214,7 +214,7 @@ class Translator:
     def kernel(self, head: list[Token], path: str) -> None:
         opening = parameter_list(head)
         name = head[before_parameters(head, opening)].text
-        parameters = parameters_of(head, opening)
+        parameters = self.parameters(head, opening)
         attributes = [t.text for t in head if t.kind == "attribute"]
         limit = None
         for attribute in attributes:
@@ -225,6 +225,9 @@ class Translator:
         if head[0].text != "template":
             host = host_name(attributes) or name
             self.instances.append((host, name, path, head[0]))
+
+    def parameters(self, head: list[Token], opening: int) -> tuple[Parameter, ...]:
+        return parameters_of(head, opening)
 
 
 def known(
@@ -242,8 +245,8 @@ def known(
     first, where = seen[key]
     if text != first:
         raise SyntaxError(
-            f"{head[0].file}:{head[0].line}: '{key}' is at {where.file}:{where.line} "
-            "already: only address spaces tell the two apart, which the translation to "
-            "C++ drops, so that their bodies have to be the same"
+            f"{head[0].file}:{head[0].line}: '{text_of(head)}' differs from "
+            f"{where.file}:{where.line} in address spaces, which C++ has not, and in "
+            "its body: the two cannot be told apart"
         )
     return True

@@ -24,6 +24,7 @@ from ..declarations import (
     starts,
     without_qualifiers,
 )
+from ..entries import Parameter
 from ..rewrite import is_scope_name, literal
 from ..tokens import Token, matching, matching_angle, render, split, tokenize
 from ..translate import Seen, Translator
@@ -114,6 +115,10 @@ class _Spaces(Translator):
         if body is None and "constant" in words and not words & {"const", "constexpr"}:
             plain = _with_const(plain)
         return [*without_qualifiers(_decayed(plain)), *(body or [])]
+
+    def parameters(self, head: list[Token], opening: int) -> tuple[Parameter, ...]:
+        """None: nothing is launched here, and `kernels.py` says what is wrong."""
+        return ()
 
 
 def _with_const(declaration: list[Token]) -> list[Token]:
