@@ -271,7 +271,7 @@ def locate(offset: int, library: Path) -> str | None:
                 address = state.address
                 if state.end_sequence:
                     found = None
-                elif Path(name).parent.resolve() != INCLUDE:
+                elif state.line and Path(name).parent.resolve() != INCLUDE:
                     found = f"{os.path.basename(name)}:{state.line}"
     return None
 
