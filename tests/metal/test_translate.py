@@ -161,7 +161,7 @@ f.metal:1: 'b' has [[buffer(0)]], as 'a' has
 f.metal:1: 'a' has [[buffer(31)]]; Metal has buffers 0 to 30
 f.metal:1: the kernel's parameter 'device int * a buffer ( N )'
 f.metal:1: 'b' has no [[buffer(...)]], others have: it might be buffer 0 or 3, say which
-f.metal:1: 'x' instantiates 'k < 1 >', which is not a kernel of this source, or one of several""",  # noqa: E501
+f.metal:1: 'x' instantiates 'k', which is not a kernel of this source, or one of several""",  # noqa: E501
         )
 
     def test_overloads_that_differ_in_names_only(self) -> None:

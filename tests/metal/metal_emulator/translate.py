@@ -77,10 +77,11 @@ class Translator:
     def entries(self) -> list[Entry]:
         found = []
         for name, function, namespace, where in self.instances:
-            kernel = self.named(function.split("<")[0].replace(" ", ""), namespace)
+            wanted = function.split("<")[0].replace(" ", "")
+            kernel = self.named(wanted, namespace)
             if kernel is None:
                 raise SyntaxError(
-                    f"{where.file}:{where.line}: '{name}' instantiates '{function}', "
+                    f"{where.file}:{where.line}: '{name}' instantiates '{wanted}', "
                     "which is not a kernel of this source, or one of several"
                 )
             found.append(
