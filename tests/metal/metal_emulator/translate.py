@@ -134,8 +134,7 @@ class Translator:
                     while tokens[stop].text != ";":
                         stop += 1
                     out += self.class_(tokens, start, position, end, stop, path, seen)
-                    start = end = stop
-                    start += 1
+                    start, end = stop + 1, stop
                 elif kind == "function":
                     head, body = tokens[start:position], tokens[position : end + 1]
                     out += self.declaration(head, body, path, seen)
