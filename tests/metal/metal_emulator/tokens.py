@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 PATTERN = re.compile(
     r"""
     (?P<space>[ \t\f\v\r]+)
-  | (?P<newline>\n)
   | (?P<text>"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')
   | (?P<number>\.?\d(?:[eEpP][+-]|'(?=\w)|[\w.])*)
   | (?P<word>[A-Za-z_]\w*)

@@ -198,10 +198,19 @@ class Translator:
         head = [t for t in head if t.text != "kernel" or t.kind == "attribute"]
         if body is None and any(a.startswith("function_constant") for a in attributes):
             # The host cannot set function constants, so none is ever defined.
-            return [
-                *head[:-1],
-                *(head[-1].like(t, "mark") for t in ("=", "{", "}", ";")),
-            ]
+            end = head[-1]
+            head = [*head[:-1], *(end.like(text, "mark") for text in ("=", "{", "}"))]
+            head.append(end)
+        return self.ordinary(original, head, body, seen)
+
+    def ordinary(
+        self,
+        original: list[Token],
+        head: list[Token],
+        body: list[Token] | None,
+        seen: Seen,
+    ) -> list[Token]:
+        """A declaration that stays: `head` is `original` without what C++ has not."""
         if body is not None:
             key, names = signature(head)
             # A constructor's initializers belong to what it does.

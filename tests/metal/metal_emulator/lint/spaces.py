@@ -18,11 +18,7 @@ from collections.abc import Sequence
 from .. import compilers
 from ..declarations import (
     ADDRESS_SPACES,
-    host_name,
-    instantiated,
     parameter_list,
-    starts,
-    without_qualifiers,
 )
 from ..entries import Parameter
 from ..rewrite import is_scope_name, literal
@@ -93,28 +89,18 @@ class _Spaces(Translator):
         body = self.scope(tokens[brace + 1 : end], path, inside_class=True)
         return [*tokens[start : brace + 1], *body, *tokens[end : stop + 1]]
 
-    def declaration(
-        self, head: list[Token], body: list[Token] | None, path: str, seen: Seen
+    def ordinary(
+        self,
+        original: list[Token],
+        head: list[Token],
+        body: list[Token] | None,
+        seen: Seen,
     ) -> list[Token]:
-        attributes = [t.text for t in head if t.kind == "attribute"]
         plain = [t for t in head if t.kind != "attribute"]
-        explicit = starts(plain, "template") and not starts(plain[1:], "<")
-        if body is None and explicit and (name := host_name(attributes)):
-            self.instances.append((name, instantiated(plain), path, plain[0]))
-            return []
         words = {t.text for t in plain}
-        named = {a.split(",")[0].strip() for a in attributes}
-        if "kernel" in words | named:
-            if body is not None:
-                self.kernel(head, path)
-            plain = [t for t in plain if t.text != "kernel"]
-        if body is None and any(a.startswith("function_constant") for a in attributes):
-            end = plain[-1]
-            plain = [*plain[:-1], *(end.like(text, "mark") for text in ("=", "{", "}"))]
-            plain.append(end)
         if body is None and "constant" in words and not words & {"const", "constexpr"}:
             plain = _with_const(plain)
-        return [*without_qualifiers(_decayed(plain)), *(body or [])]
+        return [*_decayed(plain), *(body or [])]
 
     def parameters(self, head: list[Token], opening: int) -> tuple[Parameter, ...]:
         """None: nothing is launched here, and `kernels.py` says what is wrong."""
