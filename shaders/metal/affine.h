@@ -1,0 +1,258 @@
+// What the kernels share: types, sizes, and how codes are taken out of words.
+//
+// The host writes these definitions before the text:
+//   BITS, GROUP_SIZE  the format: w = code * scale + bias, one pair for GROUP_SIZE codes
+//   X_TYPE            of inputs, results and the linear bias
+//   SCALE_TYPE        of scales and biases
+//   ALIGNED           1 if every packed row begins at a multiple of 16 bytes
+//   X_VECTOR          1 if x has unit stride and rows that begin at a multiple of 4 elements
+//   PERMUTED          1 if stored column k belongs to input channel permutation[k]
+//   BIASED            1 if a linear bias is added to the product
+//   EXPERTS           0: one matrix; otherwise there is one for each expert, and
+//                     1: experts[t] is the expert of row t of x
+//                     2: rows are sorted, those of expert e end at experts[e]
+//   EXPERT_TYPE       int or long
+// A row of codes is one little-endian stream of bits, whole words long.
+
+#include <metal_stdlib>
+#include <metal_simdgroup_matrix>
+using namespace metal;
+
+typedef X_TYPE X;
+typedef SCALE_TYPE Scale;
+
+constant constexpr uint MASK = (1u << BITS) - 1u;
+
+// Strides are in elements. W is [N, K], or [E, N, K]; its rows need not be contiguous.
+struct Shape {
+    long m, n, k;
+    long x_row, x_column;
+    long packed_row, scales_row;
+    long bias_row, bias_column;
+    long experts, packed_expert, scales_expert;
+};
+
+// ---- codes ----------------------------------------------------------------------
+
+template <int COUNT>
+inline void load_words(const device uint* from, thread uint* words) {
+    if constexpr (ALIGNED && COUNT % 4 == 0) {
+#pragma clang loop unroll(full)
+        for (int i = 0; i < COUNT; i += 4) {
+            const uint4 four = *(const device uint4*)(from + i);
+            words[i] = four.x;
+            words[i + 1] = four.y;
+            words[i + 2] = four.z;
+            words[i + 3] = four.w;
+        }
+    } else if constexpr (ALIGNED && COUNT % 2 == 0) {
+#pragma clang loop unroll(full)
+        for (int i = 0; i < COUNT; i += 2) {
+            const uint2 two = *(const device uint2*)(from + i);
+            words[i] = two.x;
+            words[i + 1] = two.y;
+        }
+    } else {
+#pragma clang loop unroll(full)
+        for (int i = 0; i < COUNT; ++i) {
+            words[i] = from[i];
+        }
+    }
+}
+
+// 16 codes are BITS half words; of an odd number the last word is half filled.
+constant constexpr int WORDS16 = (BITS + 1) / 2;
+
+inline void load_codes16(const device uint* row, int chunk, thread uint* words) {
+    if constexpr (BITS % 2 == 0) {
+        load_words<BITS / 2>(row + chunk * (BITS / 2), words);
+    } else {
+        const device ushort* from = (const device ushort*)row + chunk * BITS;
+#pragma clang loop unroll(full)
+        for (int i = 0; i < BITS; i += 2) {
+            words[i / 2] = from[i];
+            if (i + 1 < BITS) {
+                words[i / 2] |= uint(from[i + 1]) << 16;
+            }
+        }
+    }
+}
+
+// Code k of a run that begins at words[0].
+inline uint code_at(const thread uint* words, int k) {
+    const int word = k * BITS / 32;
+    const int shift = k * BITS % 32;
+    uint bits = words[word] >> shift;
+    if (shift + BITS > 32) {
+        bits |= words[word + 1] << (32 - shift);
+    }
+    return bits & MASK;
+}
+
+// Code k left where it lies in its word: its value times 2^place_of(k). Dividing x by that
+// power once serves all rows, and saves each code a shift.
+inline int place_of(int k) {
+    const int shift = k * BITS % 32;
+    return shift + BITS > 32 ? 0 : shift % 16;
+}
+
+inline float placed_code(const thread uint* words, int k) {
+    const int shift = k * BITS % 32;
+    if (shift + BITS > 32) {
+        return float(code_at(words, k));
+    }
+    const uint word = words[k * BITS / 32];
+    if (shift < 16) {
+        return float(word & (MASK << shift));
+    }
+    return float((word >> 16) & (MASK << (shift - 16)));
+}
+
+// ---- x --------------------------------------------------------------------------
+
+// Where the channel of stored column k lies in a row of x.
+inline long column_of(const device int* permutation, constant Shape& shape, int k) {
+    return (PERMUTED ? long(permutation[k]) : long(k)) * shape.x_column;
+}
+
+// Four channels of a row of x, from stored column k on.
+inline float4 load_x4(
+    const device X* row, const device int* permutation, constant Shape& shape, int k) {
+    if constexpr (X_VECTOR && !PERMUTED) {
+        const vec<X, 4> four = *(const device vec<X, 4>*)(row + k);
+        return float4(float(four.x), float(four.y), float(four.z), float(four.w));
+    } else {
+        return float4(
+            float(row[column_of(permutation, shape, k)]),
+            float(row[column_of(permutation, shape, k + 1)]),
+            float(row[column_of(permutation, shape, k + 2)]),
+            float(row[column_of(permutation, shape, k + 3)]));
+    }
+}
+
+inline float bias_at(const device X* bias, constant Shape& shape, long m, long n) {
+    return BIASED ? float(bias[m * shape.bias_row + n * shape.bias_column]) : 0.0f;
+}
+
+// ---- rows for products with few vectors -----------------------------------------
+//
+// A simdgroup takes some rows of W, a lane 32 neighbouring codes of each at a time. The
+// scales of 32 groups are loaded at once, one by each lane, and shared: each is read once.
+// 32 groups are STEPS times 32 lanes times 32 codes.
+
+constant constexpr int STEPS = GROUP_SIZE < 32 ? 1 : GROUP_SIZE / 32;
+
+// Groups that a run of 32 codes lies in.
+constant constexpr int HALVES = GROUP_SIZE == 16 ? 2 : 1;
+
+// K is divided among simdgroups by multiples of this many runs: lanes are then busy, and
+// the scales of each part are whole 32-byte sectors.
+constant constexpr int UNIT = GROUP_SIZE <= 64 ? 32 : GROUP_SIZE / 2;
+
+struct Rows {
+    const device uint* packed;
+    const device Scale* scales;
+    const device Scale* biases;
+    int count;  // that exist
+};
+
+inline Rows rows_from(
+    const device uint* packed,
+    const device Scale* scales,
+    const device Scale* biases,
+    constant Shape& shape,
+    long n,
+    int most) {
+    Rows rows;
+    rows.packed = packed + n * shape.packed_row;
+    rows.scales = scales + n * shape.scales_row;
+    rows.biases = biases + n * shape.scales_row;
+    rows.count = int(min(long(most), shape.n - n));
+    return rows;
+}
+
+// The runs of one part of K: first and one past the last.
+inline int2 runs_of_part(constant Shape& shape, int part, int parts) {
+    const int runs = (int(shape.k) + 31) / 32;
+    const int share = (runs + parts * UNIT - 1) / (parts * UNIT) * UNIT;
+    const int begin = min(part * share, runs);
+    return int2(begin, min(begin + share, runs));
+}
+
+// Whether the run has 16 codes only, which groups of 16 allow at the end of a row.
+inline bool is_half(constant Shape& shape, int run) {
+    return HALVES == 2 && run * 32 + 16 == int(shape.k);
+}
+
+// Scales [ROWS][HALVES] of the groups from `group` on. WHOLE: all rows exist.
+template <int ROWS, bool WHOLE>
+inline void load_scales(Rows rows, constant Shape& shape, int group, thread float2* own) {
+    const int groups = int(shape.k) / GROUP_SIZE;
+#pragma clang loop unroll(full)
+    for (int r = 0; r < ROWS; ++r) {
+#pragma clang loop unroll(full)
+        for (int h = 0; h < HALVES; ++h) {
+            own[r * HALVES + h] = float2(0.0f);
+            if (group + h < groups && (WHOLE || r < rows.count)) {
+                const long at = long(r) * shape.scales_row + group + h;
+                own[r * HALVES + h] =
+                    float2(float(rows.scales[at]), float(rows.biases[at]));
+            }
+        }
+    }
+}
+
+// What this lane needs of the scales that others loaded. All lanes must come here.
+template <int ROWS>
+inline void share_scales(const thread float2* own, int from, thread float2* scales) {
+#pragma clang loop unroll(full)
+    for (int i = 0; i < ROWS * HALVES; ++i) {
+        scales[i] = STEPS > 1 ? simd_shuffle(own[i], ushort(from)) : own[i];
+    }
+}
+
+// Words [ROWS][BITS] of a run.
+template <int ROWS, bool WHOLE>
+inline void load_runs(Rows rows, constant Shape& shape, int run, thread uint* words) {
+#pragma clang loop unroll(full)
+    for (int r = 0; r < ROWS; ++r) {
+        if (!WHOLE && r >= rows.count) {
+            continue;
+        }
+        const device uint* from = rows.packed + long(r) * shape.packed_row + run * BITS;
+        if (is_half(shape, run)) {
+            load_words<BITS / 2>(from, words + r * BITS);
+#pragma clang loop unroll(full)
+            for (int i = BITS / 2; i < BITS; ++i) {
+                words[r * BITS + i] = 0;
+            }
+        } else {
+            load_words<BITS>(from, words + r * BITS);
+        }
+    }
+}
+
+// ---- experts --------------------------------------------------------------------
+
+#if EXPERTS
+// The expert of row t of x. -1: rows past the last end, whose result is zero.
+// -2: an index that is no expert, whose result is NaN. All lanes get the same.
+inline int expert_of(
+    const device EXPERT_TYPE* experts, constant Shape& shape, long t, uint lane) {
+    if constexpr (EXPERTS == 1) {
+        const long expert = experts[t];
+        return expert < 0 || expert >= shape.experts ? -2 : int(expert);
+    } else {
+        int before = 0;  // experts whose rows end at t or before
+        for (long e = lane; e < shape.experts; e += 32) {
+            before += long(experts[e]) <= t ? 1 : 0;
+        }
+        before = simd_sum(before);
+        return before == int(shape.experts) ? -1 : before;
+    }
+}
+
+inline X without_expert(int expert) {
+    return expert == -1 ? X(0.0f) : X(NAN);
+}
+#endif
