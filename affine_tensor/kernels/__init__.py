@@ -4,7 +4,39 @@ Each file registers its kernels with `affine_tensor.ops.register_kernel`. Their 
 lie in `shaders/`.
 """
 
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
 from pathlib import Path
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "").lower() not in ("", "0", "false", "no")
+
+
+@dataclass
+class Settings:
+    """What holds for the kernels of all devices. Changed by assignment, at any time.
+
+    batch_invariant: a row's product is the same, bit for bit, whatever other rows there
+        are with it. Costs speed at small batches. (AFFINE_TENSOR_BATCH_INVARIANT=1)
+    strict: a kernel that does not compile or fails its check raises, rather than being
+        replaced by the slow path and logged. (AFFINE_TENSOR_STRICT=1)
+    metal_backend: "own", or "hub" for the kernels of `kernels.hub` where they pass their
+        check. (AFFINE_TENSOR_METAL_BACKEND=hub)
+    """
+
+    batch_invariant: bool = False
+    strict: bool = False
+    metal_backend: str = "own"
+
+
+settings = Settings(
+    batch_invariant=_flag("AFFINE_TENSOR_BATCH_INVARIANT"),
+    strict=_flag("AFFINE_TENSOR_STRICT"),
+    metal_backend=os.environ.get("AFFINE_TENSOR_METAL_BACKEND", "own"),
+)
 
 
 def shaders() -> Path:
