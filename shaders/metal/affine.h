@@ -232,7 +232,67 @@ inline void load_runs(Rows rows, constant Shape& shape, int run, thread uint* wo
     }
 }
 
+// ---- codes of an 8x8 matrix -----------------------------------------------------
+//
+// A lane holds two neighbours of a row of each 8x8 matrix. Where the order of columns is
+// free, those are codes 2 f and 2 f + 1 of a run of 16, in the f-th of eight matrices: a
+// lane needs one row, one scale and one bias for all of them.
+
+// The row of this lane's two elements, and which of the four pairs in it.
+inline int row_in_matrix(uint lane) {
+    return lane / 16 * 4 + lane / 2 % 4;
+}
+
+inline int pair_in_matrix(uint lane) {
+    return lane / 8 % 2 * 2 + lane % 2;
+}
+
+struct Codes {
+    uint words[WORDS16];
+    float scale, bias;
+};
+
+// Sixteen codes of row n from column k on; zero where there are none.
+inline Codes load_codes(
+    const device uint* packed,
+    const device Scale* scales,
+    const device Scale* biases,
+    constant Shape& shape,
+    long n,
+    long k) {
+    Codes codes;
+    codes.scale = 0.0f;
+    codes.bias = 0.0f;
+#pragma clang loop unroll(full)
+    for (int i = 0; i < WORDS16; ++i) {
+        codes.words[i] = 0;
+    }
+    if (n < shape.n && k < shape.k) {
+        load_codes16(packed + n * shape.packed_row, int(k) / 16, codes.words);
+        const long at = n * shape.scales_row + k / GROUP_SIZE;
+        codes.scale = float(scales[at]);
+        codes.bias = float(biases[at]);
+    }
+    return codes;
+}
+
+// What this lane holds of the f-th matrix.
+inline simdgroup_matrix<float, 8, 8> weights_of(const thread Codes& codes, int f) {
+    simdgroup_matrix<float, 8, 8> weights;
+    const float low = float(code_at(codes.words, 2 * f));
+    const float high = float(code_at(codes.words, 2 * f + 1));
+    weights.thread_elements()[0] = fma(low, codes.scale, codes.bias);
+    weights.thread_elements()[1] = fma(high, codes.scale, codes.bias);
+    return weights;
+}
+
 // ---- experts --------------------------------------------------------------------
+
+// Rows of x that one threadgroup takes, and their expert.
+struct Tile {
+    long first, end;  // rows of x
+    int expert;
+};
 
 #if EXPERTS
 // The expert of row t of x. -1: rows past the last end, whose result is zero.
@@ -254,5 +314,36 @@ inline int expert_of(
 
 inline X without_expert(int expert) {
     return expert == -1 ? X(0.0f) : X(NAN);
+}
+
+// Which rows the threadgroup at `index` has: the experts' rows are cut into tiles of `most`
+// one after the other. None left: first == end.
+inline Tile tile_at(
+    const device EXPERT_TYPE* ends,
+    constant Shape& shape,
+    int index,
+    int most,
+    uint lane) {
+    Tile tile = {0, 0, -1};
+    int before = 0;  // tiles of the experts so far
+    for (long base = 0; base < shape.experts; base += 32) {
+        const long e = base + lane;
+        const bool is_expert = e < shape.experts;
+        const long first = is_expert && e > 0 ? long(ends[e - 1]) : 0;
+        const long end = is_expert ? min(long(ends[e]), shape.m) : 0;
+        const int count = end > first ? int((end - first + most - 1) / most) : 0;
+        const int upto = before + simd_prefix_inclusive_sum(count);
+        const bool mine = index < upto && index >= upto - count;
+        const int owner = simd_min(mine ? int(lane) : 32);
+        if (owner < 32) {
+            const long from = first + long(index - (upto - count)) * most;
+            tile.first = simd_shuffle(int(from), ushort(owner));
+            tile.end = simd_shuffle(int(min(from + most, end)), ushort(owner));
+            tile.expert = int(base) + owner;
+            return tile;
+        }
+        before = simd_shuffle(upto, ushort(31));
+    }
+    return tile;
 }
 #endif

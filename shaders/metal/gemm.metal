@@ -1,10 +1,9 @@
 // y = x W^T + bias in 8x8 matrices, for more rows of x than gemv_small takes.
 //
-// The result is made transposed: W is the left operand, x the right one. A lane of a
-// matrix on the left holds two neighbours of a row, and the order of K is free, so a lane
-// takes 16 neighbouring codes of one row, two for each of 8 products, straight from W into
-// its operands: no threadgroup memory, each weight is made once and in float. x lies in
-// threadgroup memory in the order that this asks for.
+// The result is made transposed: W is the left operand, x the right one. The order of K is
+// free, so a lane takes 16 neighbouring codes of one row of W, two for each of 8 products,
+// straight into its operands: no threadgroup memory, each weight is made once, in float.
+// x lies in threadgroup memory in the order that this asks for.
 //
 // A threadgroup has 4 simdgroups. Each makes 8 * N_TILES outputs for 8 * M_TILES rows of
 // x; SPLIT of them share the outputs and take every SPLIT-th 64 columns.
@@ -29,40 +28,6 @@ typedef vec<X, 2> X2;
 inline int place_of_column(int k) {
     return (k % 16) / 2 * 8 + k / 16 * 2 + k % 2;
 }
-
-struct Tile {
-    long first, end;  // rows of x
-    int expert;
-};
-
-#if EXPERTS
-// Which rows the threadgroup at `index` has: the experts' rows are cut into tiles one
-// after the other. None left: first == end.
-inline Tile tile_at(
-    const device EXPERT_TYPE* ends, constant Shape& shape, int index, uint lane) {
-    Tile tile = {0, 0, -1};
-    int before = 0;  // tiles of the experts so far
-    for (long base = 0; base < shape.experts; base += 32) {
-        const long e = base + lane;
-        const bool is_expert = e < shape.experts;
-        const long first = is_expert && e > 0 ? long(ends[e - 1]) : 0;
-        const long end = is_expert ? min(long(ends[e]), shape.m) : 0;
-        const int count = end > first ? int((end - first + BM - 1) / BM) : 0;
-        const int upto = before + simd_prefix_inclusive_sum(count);
-        const bool mine = index < upto && index >= upto - count;
-        const int owner = simd_min(mine ? int(lane) : 32);
-        if (owner < 32) {
-            const long from = first + long(index - (upto - count)) * BM;
-            tile.first = simd_shuffle(int(from), ushort(owner));
-            tile.end = simd_shuffle(int(min(from + BM, end)), ushort(owner));
-            tile.expert = int(base) + owner;
-            return tile;
-        }
-        before = simd_shuffle(upto, ushort(31));
-    }
-    return tile;
-}
-#endif
 
 // 64 columns times SPLIT of the rows of x, from column k0 on; zero where there are none.
 inline void stage(
@@ -90,36 +55,6 @@ inline void stage(
     }
 }
 
-// Sixteen codes of a row, and their scale and bias; zero beyond the last column.
-struct Codes {
-    uint words[WORDS16];
-    float scale, bias;
-};
-
-inline Codes load_codes(
-    const device uint* packed,
-    const device Scale* scales,
-    const device Scale* biases,
-    constant Shape& shape,
-    long n,
-    int k) {
-    Codes codes;
-    codes.scale = 0.0f;
-    codes.bias = 0.0f;
-#pragma clang loop unroll(full)
-    for (int i = 0; i < WORDS16; ++i) {
-        codes.words[i] = 0;
-    }
-    if (k < int(shape.k)) {
-        n = min(n, shape.n - 1);  // beyond the last row: not stored
-        load_codes16(packed + n * shape.packed_row, k / 16, codes.words);
-        const long at = n * shape.scales_row + k / GROUP_SIZE;
-        codes.scale = float(scales[at]);
-        codes.bias = float(biases[at]);
-    }
-    return codes;
-}
-
 kernel void gemm(
     const device uint* packed [[buffer(0)]],
     const device Scale* scales [[buffer(1)]],
@@ -142,7 +77,7 @@ kernel void gemm(
     threadgroup float memory[STAGED > SUMS ? STAGED : SUMS];
     threadgroup X* staged = (threadgroup X*)memory;
 #if EXPERTS
-    const Tile tile = tile_at(ends, shape, position.y, lane);
+    const Tile tile = tile_at(ends, shape, position.y, BM, lane);
     if (tile.first == tile.end) {
         return;  // the whole threadgroup
     }
@@ -156,9 +91,8 @@ kernel void gemm(
     const device long* order = nullptr;
 #endif
 
-    // Row of the left operand, or of the right one; and which two columns.
-    const int row = (lane / 16) * 4 + (lane / 2) % 4;
-    const int column = (lane / 8) % 2 * 2 + lane % 2;
+    const int row = row_in_matrix(lane);
+    const int pair = pair_in_matrix(lane);
     const int part = simdgroup % SPLIT;
     const long n = long(position.x) * BN + simdgroup / SPLIT * 8 * N_TILES;
 
@@ -171,23 +105,19 @@ kernel void gemm(
         Codes codes[N_TILES];
 #pragma clang loop unroll(full)
         for (int i = 0; i < N_TILES; ++i) {
-            const int k = k0 + 64 * part + 16 * column;
+            const int k = k0 + 64 * part + 16 * pair;
             codes[i] = load_codes(packed, scales, biases, shape, n + 8 * i + row, k);
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
         stage(staged, x, permutation, order, shape, tile, k0, 32 * simdgroup + lane);
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        const threadgroup X* block = staged + (64 * part + row) * LD + 2 * column;
+        const threadgroup X* block = staged + (64 * part + row) * LD + 2 * pair;
 #pragma clang loop unroll(full)
         for (int f = 0; f < 8; ++f) {
             simdgroup_matrix<float, 8, 8> weights[N_TILES];
 #pragma clang loop unroll(full)
             for (int i = 0; i < N_TILES; ++i) {
-                const float scale = codes[i].scale, offset = codes[i].bias;
-                const float a = float(code_at(codes[i].words, 2 * f));
-                const float b = float(code_at(codes[i].words, 2 * f + 1));
-                weights[i].thread_elements()[0] = fma(a, scale, offset);
-                weights[i].thread_elements()[1] = fma(b, scale, offset);
+                weights[i] = weights_of(codes[i], f);
             }
 #pragma clang loop unroll(full)
             for (int j = 0; j < M_TILES; ++j) {
@@ -235,7 +165,7 @@ kernel void gemm(
         }
 #pragma clang loop unroll(full)
         for (int j = 0; j < 2 * M_TILES; ++j) {
-            const long m = tile.first + 8 * (j / 2) + 2 * column + j % 2;
+            const long m = tile.first + 8 * (j / 2) + 2 * pair + j % 2;
             if (m < tile.end) {
                 const long to = GATHERED ? long(order[m]) : m;
                 const float sum = sums[i * M_TILES + j / 2].thread_elements()[j % 2];
