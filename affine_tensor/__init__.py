@@ -5,6 +5,7 @@ from .checkpoint.files import CheckpointError
 from .checkpoint.load import LoadReport, load_checkpoint_
 from .checkpoint.save import SaveReport, save_checkpoint
 from .hf import from_pretrained
+from .kernels import metal as _metal  # noqa: F401  (registers its kernels)
 from .quantize import AffineConfig, dequantize_, footprint, quantize_
 from .tensor import AffineQuantizedTensor
 from .tensor import _rebuild as _rebuild  # by this name pickles find it

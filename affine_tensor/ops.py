@@ -104,7 +104,7 @@ def _define(name: str, fake: Kernel) -> Callable[[Kernel], Kernel]:
 
 
 def _fake_linear(x, packed, scales, biases, permutation=None, bias=None, **format):  # type: ignore[no-untyped-def]
-    _check_input(x, scales.shape[-1] * format["group_size"], format["dtype"], "linear")
+    check_input(x, scales.shape[-1] * format["group_size"], format["dtype"], "linear")
     return x.new_empty((*x.shape[:-1], packed.shape[-2]))
 
 
@@ -122,8 +122,8 @@ def _linear(
     dtype: torch.dtype,
 ) -> Tensor:
     """``x @ W.T + bias``: x ``[..., K]``, W ``[N, K]``, result ``[..., N]``."""
-    _check_matrix(packed, "linear")
-    _check_input(x, scales.shape[-1] * group_size, dtype, "linear")
+    check_matrix(packed, "linear")
+    check_input(x, scales.shape[-1] * group_size, dtype, "linear")
     if permutation is not None:
         x = x.index_select(-1, permutation)
     if bias is not None:
@@ -167,7 +167,7 @@ for _key in ("AutocastCPU", "AutocastCUDA", "AutocastMPS"):
 
 
 def _fake_matmul(x, packed, scales, biases, permutation=None, **format):  # type: ignore[no-untyped-def]
-    _check_input(x, packed.shape[-2], format["dtype"], "matmul")
+    check_input(x, packed.shape[-2], format["dtype"], "matmul")
     return x.new_empty((*x.shape[:-1], scales.shape[-1] * format["group_size"]))
 
 
@@ -184,8 +184,8 @@ def _matmul(
     dtype: torch.dtype,
 ) -> Tensor:
     """``x @ W``: x ``[..., N]``, W ``[N, K]``, result ``[..., K]``."""
-    _check_matrix(packed, "matmul")
-    _check_input(x, packed.shape[0], dtype, "matmul")
+    check_matrix(packed, "matmul")
+    check_input(x, packed.shape[0], dtype, "matmul")
     # What several blocks add up to is kept in float32 at least, and rounded once.
     sums = torch.promote_types(dtype, torch.float32)
     y: Tensor | None = None
@@ -207,7 +207,7 @@ def _fake_grouped(  # type: ignore[no-untyped-def]
     x, packed, scales, biases, permutation=None, offsets=None, indices=None, **format
 ):
     columns = scales.shape[-1] * format["group_size"]
-    _check_input(x, columns, format["dtype"], "grouped_linear")
+    check_input(x, columns, format["dtype"], "grouped_linear")
     return x.new_empty((x.shape[0], packed.shape[-2]))
 
 
@@ -231,8 +231,8 @@ def _grouped_linear(
     at ``offsets[e]``; rows past the last end give zeros) or `indices` (int ``[T]``: the
     expert of each row). Each expert may have its own permutation (``[E, K]``).
     """
-    _check_groups(x, packed, offsets, indices, "grouped_linear")
-    _check_input(x, scales.shape[-1] * group_size, dtype, "grouped_linear")
+    check_groups(x, packed, offsets, indices, "grouped_linear")
+    check_input(x, scales.shape[-1] * group_size, dtype, "grouped_linear")
     y = x.new_zeros((len(x), packed.shape[1]))
     parts = (packed, scales, biases, permutation)
     format = {"bits": bits, "group_size": group_size, "dtype": dtype}
@@ -242,7 +242,7 @@ def _grouped_linear(
 def _fake_grouped_matmul(  # type: ignore[no-untyped-def]
     x, packed, scales, biases, permutation=None, offsets=None, indices=None, **format
 ):
-    _check_input(x, packed.shape[-2], format["dtype"], "grouped_matmul")
+    check_input(x, packed.shape[-2], format["dtype"], "grouped_matmul")
     return x.new_empty((x.shape[0], scales.shape[-1] * format["group_size"]))
 
 
@@ -265,8 +265,8 @@ def _grouped_matmul(
     `offsets`, `indices` and `permutation` as in `grouped_linear`, whose gradient this
     is.
     """
-    _check_groups(x, packed, offsets, indices, "grouped_matmul")
-    _check_input(x, packed.shape[1], dtype, "grouped_matmul")
+    check_groups(x, packed, offsets, indices, "grouped_matmul")
+    check_input(x, packed.shape[1], dtype, "grouped_matmul")
     y = x.new_zeros((len(x), scales.shape[-1] * group_size))
     parts = (packed, scales, biases, permutation)
     format = {"bits": bits, "group_size": group_size, "dtype": dtype}
@@ -290,7 +290,7 @@ def _embedding(
     dtype: torch.dtype,
 ) -> Tensor:
     """Rows `ids` (int32 or int64, any shape) of W ``[N, K]``, result ``[*ids, K]``."""
-    _check_matrix(packed, "embedding")
+    check_matrix(packed, "embedding")
     flat = ids.reshape(-1)
     rows = layout.dequantize(
         packed.index_select(0, flat),
@@ -407,7 +407,7 @@ def _rows_by_expert(
             yield expert, (indices == expert).nonzero().squeeze(-1)
 
 
-def _check_groups(
+def check_groups(
     x: Tensor, packed: Tensor, offsets: Tensor | None, indices: Tensor | None, op: str
 ) -> None:
     if packed.dim() != 3 or x.dim() != 2 or (offsets is None) == (indices is None):
@@ -427,14 +427,14 @@ def _check_groups(
         )
 
 
-def _check_matrix(packed: Tensor, op: str) -> None:
+def check_matrix(packed: Tensor, op: str) -> None:
     if packed.dim() != 2:
         raise ValueError(
             f"{op} takes a weight of two dimensions; its words are {list(packed.shape)}"
         )
 
 
-def _check_input(x: Tensor, columns: int, dtype: torch.dtype, op: str) -> None:
+def check_input(x: Tensor, columns: int, dtype: torch.dtype, op: str) -> None:
     if x.dtype != dtype:
         other = (
             f" or weight.to({x.dtype}), which keeps the packed data, or use autocast"

@@ -1,0 +1,146 @@
+"""The check of each kernel on first use: a small product against float64 on the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ... import layout
+from ..metal_library import Kernel
+from .plans import Choice, Product, grid
+
+_UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+def compare(
+    product: Product, choice: Choice, kernel: Kernel, device: torch.device
+) -> str | None:
+    """What is wrong with a kernel, or None.
+
+    A product of the same kind is made of it, small and ragged, and compared with that of
+    the dequantized weight in float64.
+    """
+    case = _Case(product, choice)
+    small = case.product
+    threads, group_size = grid(small, choice)
+    y = case.start.to(device)
+    operands = [part.to(device) for part in case.parts]
+    extra = [tensor.to(device) for tensor in case.extra]
+    x = case.x.to(device)
+    kernel(
+        *operands,
+        x,
+        y,
+        case.shape,
+        *extra,
+        threads=threads,
+        group_size=group_size,
+    )
+    return case.differences(y.cpu())
+
+
+class _Case:
+    """A small product of one kind, its operands as kernels take them, and its result."""
+
+    def __init__(self, product: Product, choice: Choice) -> None:
+        self.product = small = _small(product, choice)
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        form = {"bits": small.bits, "group_size": small.group_size}
+        lead = (small.experts, small.n) if small.experts else (small.n,)
+        weight = normal(*lead, small.k).to(small.scale_dtype)
+        packed, scales, biases = layout.quantize(weight, **form)
+        self.parts = [packed.view(torch.int32), scales, biases]
+        self.dense = layout.dequantize(
+            packed, scales, biases, **form, dtype=torch.float64
+        )
+        self.x = normal(small.m, small.n if small.transposed else small.k)
+        self.x = self.x.to(small.dtype)
+        self.bias = normal(small.n).to(small.dtype) if small.biased else None
+        permutation = self._permute(generator) if small.permuted else self.parts[0]
+        self.extra = [permutation]
+        if not small.transposed:
+            self.extra.append(self.x if self.bias is None else self.bias)
+        tiles = choice.family.startswith("gemm")
+        self.owners: list[int | None] = [0] * small.m
+        if small.experts:
+            self._assign(tiles)
+        # Tiles leave rows without an expert as they find them.
+        columns = small.k if small.transposed else small.n
+        self.start = torch.full((small.m, columns), 0.0 if tiles else float("nan"))
+        self.start = self.start.to(small.dtype)
+        steps = [packed.stride(0), scales.stride(0)] if small.experts else [0, 0]
+        self.shape = [
+            *(small.m, small.n, small.k, *self.x.stride()),
+            *(packed.stride(-2), scales.stride(-2), 0, 1, small.experts, *steps),
+        ]
+
+    def _permute(self, generator: torch.Generator) -> Tensor:
+        """A permutation, for each expert its own; the dense weight follows it."""
+        lead = self.dense.shape[:-2]
+        order = torch.rand(*lead, self.product.k, generator=generator).argsort(-1)
+        columns = order.unsqueeze(-2).expand_as(self.dense)
+        self.dense = torch.empty_like(self.dense).scatter_(-1, columns, self.dense)
+        return order.int()
+
+    def _assign(self, tiles: bool) -> None:
+        """Give rows to experts; the middle one has none."""
+        m, dtype = self.product.m, self.product.expert_type
+        if self.product.grouping == 1:
+            indices = torch.arange(m) % 2 * 2
+            self.owners = [int(i) for i in indices]
+            self.extra.append(indices.to(dtype))
+            return
+        ends = torch.tensor([2, 2, m - 1])  # the last row has no expert
+        owners: list[int | None] = [0, 0, *[2] * (m - 3), None]
+        order = torch.arange(m)
+        if self.product.gathered:
+            order = order.flip(0)
+        self.owners = owners[::-1] if self.product.gathered else owners
+        self.extra.append(ends.to(dtype))
+        if tiles:
+            self.extra.append(order)
+
+    def differences(self, y: Tensor) -> str | None:
+        """What differs by more than float32 sums and one rounding explain."""
+        dense = self.dense if self.product.transposed else self.dense.mT
+        x = self.x.double()
+        exact = torch.zeros(y.shape, dtype=torch.float64)
+        size = torch.zeros_like(exact)
+        for m, owner in enumerate(self.owners):
+            if owner is not None:
+                own = dense[owner] if self.product.experts else dense
+                exact[m], size[m] = x[m] @ own, x[m].abs() @ own.abs()
+        if self.bias is not None:
+            exact += self.bias.double()
+            size += self.bias.double().abs()
+        error = (y.double() - exact).abs()
+        bound = _UNIT[y.dtype] * exact.abs() + 32 * 2.0**-24 * size
+        wrong = (error <= bound).logical_not()
+        if not bool(wrong.any()):
+            return None
+        m, n = (int(i) for i in wrong.nonzero()[0])
+        return (
+            f"of {y.numel()} elements of a small product {int(wrong.sum())} are wrong, "
+            f"the first at {[m, n]}: {float(y[m, n]):.9g} for {float(exact[m, n]):.9g}"
+        )
+
+
+def _small(product: Product, choice: Choice) -> Product:
+    """Sizes that reach every branch of a kernel, ragged ones."""
+    sizes = dict(choice.sizes)
+    m = sizes.get("VECTORS", 1)
+    if "M_TILES" in sizes:
+        m = 8 * sizes["M_TILES"] + 3
+    elif product.experts:
+        m = 5
+    k = 3 * max(product.group_size, 128)
+    if not product.aligned:
+        k = 3 * product.group_size * (2 if product.group_size == 16 else 1)
+    experts = 3 if product.experts else 0
+    return replace(product, m=m, n=13, k=k, experts=experts)
