@@ -347,3 +347,89 @@ inline Tile tile_at(
     return tile;
 }
 #endif
+
+// ---- values ---------------------------------------------------------------------
+//
+// A weight is code * scale + bias rounded once, to X: fma does that for float. For the
+// others float would be a rounding in between, so it is made odd first: of the two floats
+// around a number that is none, the one whose last bit is set. That still tells on which
+// side of a tie the number lies, and casting it rounds as if from the number itself.
+//
+// Every product below that takes part in a sum is exact, so it is the same whether the
+// compiler fuses the two or not.
+
+// a + b - sum, where sum is a + b rounded.
+inline float rest_of_sum(float a, float b, float sum) {
+    const float other = sum - a;
+    return (a - (sum - other)) + (b - other);
+}
+
+// A number of the sign of code * scale + bias - nearest, where nearest is that rounded.
+inline float rest_of(float code, float scale, float bias, float nearest) {
+    if constexpr (!is_same<Scale, float>::value) {
+        return rest_of_sum(code * scale, bias, nearest);  // 8 bits times 11: exact
+    } else {
+        const float high = as_type<float>(as_type<uint>(scale) & 0xffff0000u);
+        const float product = code * high + code * (scale - high);  // 8 + 8 and 8 + 16 bits
+        const float low = fma(code, scale, -product);
+        const float rest = bias + low;
+        const float sum = product + rest;
+        const float near = (sum - nearest) + rest_of_sum(product, rest, sum);
+        return near + rest_of_sum(bias, low, rest);
+    }
+}
+
+// Unequal to what is rounded, towards it, and with its last bit set.
+inline float made_odd(float nearest, float rest) {
+    const uint bits = as_type<uint>(nearest);
+    if (rest == 0.0f || (bits & 1u) == 1u) {
+        return nearest;
+    }
+    if (rest > 0.0f || rest < 0.0f) {
+        return as_type<float>((rest > 0.0f) == (nearest > 0.0f) ? bits + 1 : bits - 1);
+    }
+    return nearest;  // infinite, or NaN
+}
+
+// Weight by weight for 16 codes of one group.
+struct Values {
+    float scale, bias;
+    float up;  // a power of two that was taken out of both
+};
+
+inline Values values_of(float scale, float bias) {
+    Values values = {scale, bias, 1.0f};
+    if constexpr (!is_same<X, float>::value && !is_same<Scale, half>::value) {
+        // code * scale could be infinite where the sum is not.
+        if (abs(scale) > 1e30f && abs(bias) > 1e30f) {
+            values.up = 1024.0f;
+            values.scale *= 1.0f / 1024.0f;
+            values.bias *= 1.0f / 1024.0f;
+        }
+    }
+    return values;
+}
+
+inline X value_of(const thread Values& values, uint code) {
+    const float factor = float(code);
+    const float nearest = fma(factor, values.scale, values.bias);
+    if constexpr (is_same<X, float>::value) {
+        return X(nearest);
+    } else {
+        const float rest = rest_of(factor, values.scale, values.bias, nearest);
+        return X(made_odd(nearest, rest) * values.up);
+    }
+}
+
+// Sixteen weights to where 16 elements begin at a multiple of 16 bytes.
+inline void store_values16(const thread Values& values, const thread uint* words, device X* y) {
+#pragma clang loop unroll(full)
+    for (int i = 0; i < 16; i += 4) {
+        vec<X, 4> four;
+        four.x = value_of(values, code_at(words, i));
+        four.y = value_of(values, code_at(words, i + 1));
+        four.z = value_of(values, code_at(words, i + 2));
+        four.w = value_of(values, code_at(words, i + 3));
+        *(device vec<X, 4>*)(y + i) = four;
+    }
+}
