@@ -49,7 +49,7 @@ def gather_operands(
 
     `form`: bits, group_size, dtype. `groups`: offsets and indices of experts.
     """
-    packed, scales, biases, permutation = parts
+    packed, scales = parts[:2]
     grouped, transposed = op.startswith("grouped"), op.endswith("matmul")
     n, k = packed.shape[-2], scales.shape[-1] * form["group_size"]
     if grouped:
