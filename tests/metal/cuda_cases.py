@@ -15,6 +15,7 @@ from typing import Any
 
 import metal_emulator as emulator
 import mlx_kernels
+import shader_cases
 import torch
 from metal_emulator import cuda
 from mlx_kernels import GROUP_SIZES, TYPES, Headers, Variant
@@ -41,7 +42,7 @@ class Case:
     """One comparison: which library it needs, and what it runs there."""
 
     name: str
-    library: str  # "own", or a type of MLX's kernels
+    library: str  # "own", a variant of a shader, or a type of MLX's kernels
     run: Callable[[Any], list[Tensor]]
 
 
@@ -71,9 +72,16 @@ def metal_source(name: str) -> str:
 
 def library_source(name: str) -> tuple[str, list[Path]]:
     """The source of a case's library, and where its headers are."""
+    if name.startswith(shader_cases.PREFIX):
+        return shader_sources()[name], []
     if name == "own":
         return metal_source("cuda_cases.metal"), []
     return mlx_kernels.source(variants(name)), [mlx_kernels.installed_headers().folder]
+
+
+@functools.cache
+def shader_sources() -> dict[str, str]:
+    return shader_cases.sources()
 
 
 def cpu_library(name: str) -> emulator.Library:
@@ -361,9 +369,17 @@ def mlx_cases() -> Iterator[Case]:
                 yield Case(f"{variant.name} {shape}", type_, run)
 
 
+def shader_products() -> Iterator[Case]:
+    """The project's own kernels."""
+    for product, choice in shader_cases.products():
+        library = shader_cases.name_of(shader_cases.plans.variant_of(product, choice))
+        run = functools.partial(shader_cases.run, product, choice)
+        yield Case(library, library, run)
+
+
 def all_cases() -> tuple[list[Case], str]:
     """Every case that can run here, and what is missing, if anything is."""
-    cases = list(own_cases())
+    cases = [*own_cases(), *shader_products()]
     try:
         return [*cases, *mlx_cases()], ""
     except mlx_kernels.HeadersMissing as missing:

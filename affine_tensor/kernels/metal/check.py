@@ -22,30 +22,16 @@ def compare(
     A product of the same kind is made of it, small and ragged, and compared with that of
     the dequantized weight in float64.
     """
-    case = _Case(product, choice)
-    small = case.product
-    threads, group_size = grid(small, choice)
-    y = case.start.to(device)
-    operands = [part.to(device) for part in case.parts]
-    extra = [tensor.to(device) for tensor in case.extra]
-    x = case.x.to(device)
-    kernel(
-        *operands,
-        x,
-        y,
-        case.shape,
-        *extra,
-        threads=threads,
-        group_size=group_size,
-    )
-    return case.differences(y.cpu())
+    case = Case(product, choice)
+    return case.differences(case.run(kernel, device))
 
 
-class _Case:
+class Case:
     """A small product of one kind, its operands as kernels take them, and its result."""
 
     def __init__(self, product: Product, choice: Choice) -> None:
         self.product = small = _small(product, choice)
+        self.choice = choice
         generator = torch.Generator().manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
@@ -105,6 +91,21 @@ class _Case:
         self.extra.append(ends.to(dtype))
         if tiles:
             self.extra.append(order)
+
+    def run(self, kernel: Kernel, device: torch.device) -> Tensor:
+        """What the kernel makes of it on a device, on the CPU."""
+        threads, group_size = grid(self.product, self.choice)
+        y = self.start.to(device, copy=True)
+        kernel(
+            *(part.to(device) for part in self.parts),
+            self.x.to(device),
+            y,
+            self.shape,
+            *(tensor.to(device) for tensor in self.extra),
+            threads=threads,
+            group_size=group_size,
+        )
+        return y.cpu()
 
     def differences(self, y: Tensor) -> str | None:
         """What differs by more than float32 sums and one rounding explain."""

@@ -1,0 +1,87 @@
+"""The project's own kernels for products, as cases of on_cuda.py.
+
+Each is the small, ragged product that the host checks a kernel with on first use.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from affine_tensor.kernels.metal import check, plans
+from affine_tensor.kernels.metal.plans import Choice, Product
+from affine_tensor.kernels.metal_library import Variant, source
+
+PREFIX = "shader "
+
+# Family, tile sizes, and what else is asked of the product.
+CHOICES: tuple[tuple[str, dict[str, int], dict[str, Any]], ...] = (
+    ("gemv", {"SPLIT": 1, "GROUPS": 2}, {}),
+    ("gemv", {"SPLIT": 4, "GROUPS": 1}, {"permuted": True, "biased": True}),
+    ("gemv", {"SPLIT": 1, "GROUPS": 2}, {"experts": 3, "grouping": 1}),
+    ("gemv", {"SPLIT": 2, "GROUPS": 1}, {"experts": 3, "grouping": 2}),
+    ("gemv_small", {"VECTORS": 2, "SPLIT": 1, "GROUPS": 2}, {"biased": True}),
+    ("gemv_small", {"VECTORS": 5, "SPLIT": 2, "GROUPS": 1}, {"permuted": True}),
+    ("gemv_small", {"VECTORS": 8, "SPLIT": 1, "GROUPS": 2}, {}),
+    ("gemm", {"M_TILES": 1, "N_TILES": 1, "SPLIT": 4}, {"biased": True}),
+    ("gemm", {"M_TILES": 3, "N_TILES": 1, "SPLIT": 2}, {"permuted": True}),
+    ("gemm", {"M_TILES": 8, "N_TILES": 2, "SPLIT": 1}, {}),
+    (
+        "gemm",
+        {"M_TILES": 2, "N_TILES": 1, "SPLIT": 1},
+        {"experts": 3, "grouping": 2, "gathered": True, "expert_type": torch.int64},
+    ),
+    ("gemv_n", {"VECTORS": 1, "SIMDGROUPS": 8}, {"experts": 3, "grouping": 1}),
+    ("gemv_n", {"VECTORS": 4, "SIMDGROUPS": 8}, {"permuted": True}),
+    ("gemm_n", {"M_TILES": 4, "SPLIT": 1}, {"permuted": True}),
+    ("gemm_n", {"M_TILES": 2, "SPLIT": 4}, {}),
+    ("gemm_n", {"M_TILES": 1, "SPLIT": 1}, {"experts": 3, "grouping": 2}),
+)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FORMATS = ((4, 64), (3, 32), (8, 128), (6, 16), (1, 256), (5, 64), (2, 128))
+
+
+def products() -> Iterator[tuple[Product, Choice]]:
+    """Every choice at every width, groups, dtypes and alignment in turn."""
+    turns = itertools.cycle(itertools.product(DTYPES, (True, False)))
+    for (family, sizes, more), (bits, group_size) in itertools.product(
+        CHOICES, FORMATS
+    ):
+        dtype, aligned = next(turns)
+        product = Product(
+            m=0,
+            n=0,
+            k=0,
+            bits=bits,
+            group_size=group_size,
+            dtype=dtype,
+            scale_dtype=dtype if aligned else torch.float32,
+            transposed=family.endswith("_n"),
+            aligned=aligned,
+            x_vector=aligned and not family.endswith("_n"),
+            **more,
+        )
+        yield product, Choice(family, tuple(sizes.items()))
+
+
+def name_of(variant: Variant) -> str:
+    return f"{PREFIX}{variant}"
+
+
+def run(product: Product, choice: Choice, kernels: Any) -> list[Tensor]:
+    """The product's result; raises where it is not that of float64."""
+    case = check.Case(product, choice)
+    y = case.run(getattr(kernels, choice.family), torch.device("cpu"))
+    wrong = case.differences(y)
+    assert wrong is None, wrong
+    return [y]
+
+
+def sources() -> dict[str, str]:
+    """The source of each variant, by the name of its library."""
+    variants = (plans.variant_of(*one) for one in products())
+    return {name_of(variant): source(variant) for variant in variants}
