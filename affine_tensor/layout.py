@@ -144,7 +144,7 @@ def quantize(
             outputs, (_fold(codes, bits), scale, bias), strict=True
         ):
             output[part].copy_(value)
-    _check_finite(rows, outputs[1], outputs[2], lead)
+    check_finite(rows, outputs[1], outputs[2], lead)
     return packed.view(torch.uint32), scales, biases
 
 
@@ -413,7 +413,7 @@ def _check_range(codes: Tensor, bits: int) -> None:
         )
 
 
-def _check_finite(
+def check_finite(
     rows: Tensor, scales: Tensor, biases: Tensor, lead: torch.Size
 ) -> None:
     """Scales and biases show every NaN and infinity; find out which it was.
