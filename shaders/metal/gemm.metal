@@ -55,7 +55,7 @@ inline void stage(
     }
 }
 
-kernel void gemm(
+[[kernel, max_total_threads_per_threadgroup(128)]] void gemm(
     const device uint* packed [[buffer(0)]],
     const device Scale* scales [[buffer(1)]],
     const device Scale* biases [[buffer(2)]],

@@ -41,7 +41,7 @@ inline void stage(
     }
 }
 
-kernel void gemm_n(
+[[kernel, max_total_threads_per_threadgroup(128)]] void gemm_n(
     const device uint* packed [[buffer(0)]],
     const device Scale* scales [[buffer(1)]],
     const device Scale* biases [[buffer(2)]],

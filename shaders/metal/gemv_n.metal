@@ -8,7 +8,7 @@
 
 #include "affine.h"
 
-kernel void gemv_n(
+[[kernel, max_total_threads_per_threadgroup(32 * SIMDGROUPS)]] void gemv_n(
     const device uint* packed [[buffer(0)]],
     const device Scale* scales [[buffer(1)]],
     const device Scale* biases [[buffer(2)]],

@@ -85,7 +85,7 @@ inline void accumulate(
     }
 }
 
-kernel void gemv_small(
+[[kernel, max_total_threads_per_threadgroup(32 * SPLIT * GROUPS)]] void gemv_small(
     const device uint* packed [[buffer(0)]],
     const device Scale* scales [[buffer(1)]],
     const device Scale* biases [[buffer(2)]],

@@ -23,6 +23,7 @@ PATTERN = re.compile(
     re.VERBOSE,
 )
 LINE_MARKER = re.compile(r'\s*#\s*(?:line\s+)?(\d+)\s+"((?:\\.|[^"\\])*)"')
+UNROLL = re.compile(r"\s*#\s*pragma\s+(clang\s+loop\s+unroll\(full\)|unroll)\s*$")
 CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 
@@ -31,13 +32,15 @@ class Token:
     """One token.
 
     `kind` is "word", "number", "text" (a literal in quotes), "mark" (punctuation) or
-    "attribute"; the `text` of an attribute is what stood between `[[` and `]]`.
+    "attribute"; the `text` of an attribute is what stood between `[[` and `]]`. A loop
+    that a pragma asks to unroll is `unrolled`.
     """
 
     kind: str
     text: str
     file: str = ""
     line: int = 0
+    unrolled: bool = False
 
     def like(self, text: str, kind: str = "word") -> Token:
         """Another token in the same place."""
@@ -47,18 +50,22 @@ class Token:
 def tokenize(preprocessed: str) -> list[Token]:
     """Tokens of a preprocessor's output; pragmas are dropped, attributes folded."""
     tokens: list[Token] = []
-    file, line = "", 1
+    file, line, unrolled = "", 1, False
     for row in preprocessed.split("\n"):
         if row.lstrip().startswith("#"):
             if marker := LINE_MARKER.match(row):
                 line, file = int(marker[1]), marker[2]
             else:
                 line += 1
+                unrolled = unrolled or UNROLL.match(row) is not None
             continue
         for match in PATTERN.finditer(row):
             kind = match.lastgroup or ""
             if kind != "space":
-                tokens.append(Token(kind, match.group(), file, line))
+                word = match.group()
+                loop = unrolled and word == "for"
+                tokens.append(Token(kind, word, file, line, loop))
+                unrolled = False
         line += 1
     return list(_fold_attributes(tokens))
 
@@ -175,8 +182,12 @@ def text_of(tokens: Sequence[Token]) -> str:
     return " ".join(token.text for token in tokens)
 
 
-def render(tokens: Sequence[Token]) -> str:
-    """C++ text whose line numbers are those of the tokens."""
+def render(tokens: Sequence[Token], *, unroll: bool = False) -> str:
+    """C++ text whose line numbers are those of the tokens.
+
+    With `unroll` loops are unrolled where Metal's source asks for it. On a GPU arrays
+    stay in registers only so; on a CPU it would only take the compiler longer.
+    """
     out: list[str] = []
     file, line = "", 0
     for token in tokens:
@@ -186,5 +197,7 @@ def render(tokens: Sequence[Token]) -> str:
             else:
                 out.append(f'\n#line {token.line} "{token.file}"\n')
             file, line = token.file, token.line
+        if unroll and token.unrolled:
+            out.append('_Pragma("unroll") ')
         out.append(token.text + " ")
     return "".join(out) + "\n"

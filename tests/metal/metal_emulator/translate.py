@@ -60,7 +60,7 @@ def translate(preprocessed: str, *, cuda: bool = False) -> Translation:
     translator = Translator(cuda)
     body = translator.scope(tokenize(preprocessed), "", inside_class=False)
     body = Body(cuda).rewrite(mark(body))
-    text = "namespace msl {\n" + render(body) + "}\n"
+    text = "namespace msl {\n" + render(body, unroll=cuda) + "}\n"
     return Translation(text, tuple(translator.entries()))
 
 
