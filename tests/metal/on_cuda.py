@@ -90,7 +90,7 @@ def build(names: Sequence[str], *, guard: bool, both: bool = True) -> dict[str, 
     with ThreadPoolExecutor(workers) as pool:
         made = pool.map(lambda job: job[1]().build(workers=workers), jobs)
         for (label, _), library in zip(jobs, made, strict=True):
-            kind, name = label.split()
+            kind, name = label.split(maxsplit=1)
             built[label] = OnGpu(library) if kind == "gpu" else library
     print(
         f"compiled {len(jobs)} libraries in {time.time() - started:.1f} s", flush=True

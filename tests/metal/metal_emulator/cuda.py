@@ -211,8 +211,8 @@ class Kernel(shader.Kernel):
         device = devices.pop() if devices else torch.device("cuda", 0)
         with torch.cuda.device(device):
             current = torch.cuda.current_stream(device)
-            # Any call makes torch's context this thread's.
-            current.query()
+            # Any call makes torch's context this thread's; this one may be captured.
+            torch.cuda.is_current_stream_capturing()
             bound = [_on_device(argument, device) for argument in bound]
             stream = _bindings("driver").CUstream(current.cuda_stream)
             if self._guard:
