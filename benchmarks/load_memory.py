@@ -93,6 +93,12 @@ import affine_tensor
 from transformers import LlamaForCausalLM  # importing is not loading
 measure(lambda: affine_tensor.from_pretrained(folder))
 """,
+    # What the host holds while all goes to a device: here one without memory of its own.
+    "affine_tensor (meta)": """
+import affine_tensor
+from transformers import LlamaForCausalLM
+measure(lambda: affine_tensor.from_pretrained(folder, device_map="meta"))
+""",
     "mlx-lm (cpu)": """
 import mlx.core as mx
 mx.set_default_device(mx.cpu)

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from expecttest import assert_expected_inline
@@ -28,6 +32,7 @@ from affine_tensor import (
     load_checkpoint_,
     quantize_,
 )
+from affine_tensor.checkpoint import load, mlx
 from affine_tensor.checkpoint.files import StoredTensor
 
 Q4 = {"bits": 4, "group_size": 32}
@@ -1176,3 +1181,203 @@ def test_a_repository_that_is_not_there(server: HubServer) -> None:
 def test_a_pointer_instead_of_a_file(server: HubServer) -> None:
     with pytest.raises(CheckpointError, match=r"model\.safetensors: its header would"):
         load_checkpoint_(Net(), "org/broken")
+
+
+# ---- devices: tensor by tensor ---------------------------------------------------
+
+
+class Held:
+    """Counts the tensors that were read and whose memory is still there.
+
+    Each is given memory of numpy's, which torch lets go of with the last view of it.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = self.most = self.total = 0
+        self._lock = threading.RLock()  # an array may be freed while it is held
+        read = StoredTensor.read
+
+        def counted(stored: StoredTensor) -> Tensor:
+            value = read(stored)
+            memory = np.frombuffer(raw_bytes(value), dtype=np.uint8).copy()
+            weakref.finalize(memory, self._add, -1)
+            self._add(1)
+            return torch.from_numpy(memory).view(value.dtype).view(value.shape)
+
+        monkeypatch.setattr(StoredTensor, "read", counted)
+
+    def _add(self, change: int) -> None:
+        with self._lock:
+            self.now += change
+            self.most = max(self.most, self.now)
+            self.total += max(change, 0)
+
+
+# Of a packed weight two are held at once, by each thread.
+FEW = 2 * load._READERS
+
+
+def many(layers: int, tmp_path: Path) -> tuple[Callable[[], nn.Module], Tensors]:
+    """A model of several layers, and its checkpoint in `tmp_path`."""
+
+    def build() -> nn.Module:
+        return nn.Sequential(*(nn.Linear(64, 64) for _ in range(layers)))
+
+    tensors: Tensors = {}
+    for i in range(layers):
+        tensors |= packed(str(i), 64, 64)
+        tensors[f"{i}.bias"] = random(64, seed=i)
+    write(tmp_path, tensors)
+    return build, tensors
+
+
+class Device:
+    """Stands in for an accelerator: what is moved to it is copied."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.moved: list[tuple[Tensor, torch.device]] = []
+        self.fails_after = 10**9
+        for module in (load, mlx):
+            monkeypatch.setattr(module, "move", self.move)
+
+    def move(self, tensor: Tensor, device: torch.device) -> Tensor:
+        if len(self.moved) >= self.fails_after:
+            raise RuntimeError("out of memory")
+        self.moved.append((tensor.clone(), device))
+        return self.moved[-1][0]
+
+
+def test_each_tensor_is_moved_as_soon_as_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build, tensors = many(12, tmp_path)
+    held, there = Held(monkeypatch), Device(monkeypatch)
+    with torch.device("meta"):
+        model = build()
+    load_checkpoint_(model, tmp_path, device="mps:0")
+    assert held.total == len(tensors) == len(there.moved)
+    assert held.most <= FEW < held.total / 2
+    assert held.now == 0
+    assert {device for _, device in there.moved} == {torch.device("mps:0")}
+    moved = {tensor.data_ptr() for tensor, _ in there.moved}
+    for parameter in model.parameters():
+        assert {part.data_ptr() for part in parts(parameter)} <= moved
+    monkeypatch.undo()
+    assert_holds(model, tensors)
+
+
+def test_what_is_kept_on_the_cpu_is_seen_by_the_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build, tensors = many(12, tmp_path)
+    held = Held(monkeypatch)
+    with torch.device("meta"):
+        model = build()
+    load_checkpoint_(model, tmp_path)
+    assert held.most == held.now == held.total == len(tensors)
+
+
+def test_the_meta_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build, tensors = many(12, tmp_path)
+    held = Held(monkeypatch)
+    with torch.device("meta"):
+        model = build()
+    report = load_checkpoint_(model, tmp_path, device=torch.device("meta"))
+    assert held.most <= FEW < held.total == len(tensors)
+    assert held.now == 0
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert all(part.is_meta for layer in model for part in parts(layer.weight))
+    assert len(report.packed) == len(report.dense) == 12
+
+
+def test_one_thread_at_a_time_moves() -> None:
+    inside: list[int] = []
+
+    class Slow(Tensor):
+        def to(self, *args: Any) -> Tensor:  # type: ignore[override]
+            inside.append(1)
+            time.sleep(0.01)
+            assert len(inside) == 1
+            inside.clear()
+            return self
+
+    tensor = torch.zeros(1).as_subclass(Slow)
+    failed: list[threading.ExceptHookArgs] = []
+    hook, threading.excepthook = threading.excepthook, failed.append
+    try:
+        threads = [
+            threading.Thread(target=load.move, args=(tensor, torch.device("mps")))
+            for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        threading.excepthook = hook
+    assert not failed
+
+
+def test_a_move_that_fails_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = checkpoint_tensors()
+    write(tmp_path, tensors)
+    with torch.device("meta"):
+        model = Net()
+    before = state(model)
+    there = Device(monkeypatch)
+    for there.fails_after in range(len(tensors)):
+        there.moved.clear()
+        with pytest.raises(RuntimeError, match="out of memory"):
+            load_checkpoint_(model, tmp_path, device="mps")
+        assert state(model) == before
+    there.moved.clear()
+    there.fails_after = len(tensors)
+    load_checkpoint_(model, tmp_path, device="mps")
+    assert_holds(model, tensors)
+    with pytest.raises(RuntimeError, match="nonsense"):
+        load_checkpoint_(model, tmp_path, device="nonsense")
+
+
+def test_parameters_that_have_a_device_stay_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = checkpoint_tensors()
+    model = Net()
+    model.norm.to("meta")
+    there = Device(monkeypatch)
+    load_checkpoint_(model, write(tmp_path, tensors), device="mps")
+    found = [device.type for _, device in there.moved]
+    assert sorted(found) == ["cpu"] * (len(tensors) - 2) + ["mps"] * 2
+    assert_holds(model, tensors)
+
+
+@pytest.mark.parametrize("kind", ["packed", "dense", "both"])
+def test_a_tied_weight_stored_twice_is_compared_on_the_cpu(
+    kind: str, tmp_path: Path
+) -> None:
+    tensors = checkpoint_tensors()
+    for part in ("weight", "scales", "biases"):
+        tensors[f"head.{part}"] = tensors[f"embed.{part}"].clone()
+    weight = AffineQuantizedTensor.from_packed(
+        *(tensors[f"head.{part}"] for part in ("weight", "scales", "biases")), **Q4
+    ).dequantize()
+    dense = {"packed": (), "dense": ("embed", "head"), "both": ("head",)}[kind]
+    tensors = without(tensors, *dense)
+    tensors |= {f"{stem}.weight": weight.clone() for stem in dense}
+    with torch.device("meta"):  # whatever the default is
+        model = Net(tied=True)
+        load_checkpoint_(model, write(tmp_path / "equal", tensors), device="meta")
+    assert model.head.weight is model.embed.weight
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+    name = "head.weight" if kind != "packed" else "head.biases"
+    tensors[name].view(torch.int32)[-1, -1] ^= 1
+    write(tmp_path / "different", tensors)
+    with torch.device("meta"):
+        model = Net(tied=True)
+    before = state(model)
+    with pytest.raises(CheckpointError, match=r"ties embed\.weight and head\.weight"):
+        load_checkpoint_(model, tmp_path / "different", device="meta")
+    assert state(model) == before

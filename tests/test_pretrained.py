@@ -9,18 +9,20 @@ import json
 import logging
 import shutil
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from architectures import CASES, Case, _write_dense_checkpoint, write_mlx_checkpoint
 from hub_server import HubServer, use_hub
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     AutoModel,
@@ -34,6 +36,7 @@ from affine_tensor import (
     from_pretrained,
     save_checkpoint,
 )
+from affine_tensor.checkpoint.files import StoredTensor
 
 mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm writes the checkpoints")
 
@@ -410,3 +413,90 @@ def test_a_saved_model_takes_the_tokenizer_of_its_revision(
             assert json.loads(tokenizer) == {"from": name}
         config = (tmp_path / "v1" / "config.json").read_text()
         assert server.snapshot("org/model", "v1")[0] not in config
+
+
+# ---- devices ---------------------------------------------------------------------
+
+
+def devices(model: nn.Module) -> set[str]:
+    """Those of all parameters, their parts, and buffers."""
+    found: list[Tensor] = [*model.buffers()]
+    for value in model.parameters():
+        found.append(value)
+        if isinstance(value, AffineQuantizedTensor):
+            found += [value.packed, value.scales, value.biases]
+    return {tensor.device.type for tensor in found}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_nothing_is_whole_on_the_cpu_on_the_way_to_a_device(
+    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"tie_word_embeddings": tied, "num_hidden_layers": 6}
+    write_mlx_checkpoint(Case("llama", changes), tmp_path)
+    lock, read = threading.RLock(), StoredTensor.read
+    alive: set[str] = set()
+    seen: list[str] = []
+    most = 0
+
+    def counted(stored: StoredTensor) -> Tensor:
+        """Into numpy's memory, which goes with the last view of the tensor."""
+        nonlocal most
+        memory = np.frombuffer(read(stored).view(-1).view(torch.uint8).numpy(), "u1")
+        memory = memory.copy()
+
+        def freed() -> None:
+            with lock:
+                alive.remove(stored.name)
+
+        weakref.finalize(memory, freed)
+        with lock:
+            alive.add(stored.name)
+            seen.append(stored.name)
+            most = max(most, len(alive))
+        return torch.from_numpy(memory).view(stored.dtype).view(stored.shape)
+
+    monkeypatch.setattr(StoredTensor, "read", counted)
+    model = from_pretrained(tmp_path, device_map="meta")
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert sorted(seen) == sorted(tensors)
+    assert not alive
+    assert most <= 8 < len(tensors) / 10  # two for each of four threads
+    assert devices(model) == {"meta"}
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert dict(model.named_buffers())  # rotary frequencies, in no file
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_all_of_a_model_is_on_the_device(case: Case, tmp_path: Path) -> None:
+    if case.model_type not in CONFIG_MAPPING:
+        pytest.skip(f"the installed transformers does not know {case.model_type}")
+    write_mlx_checkpoint(case, tmp_path)
+    model = from_pretrained(tmp_path, device_map="meta")
+    assert devices(model) == {"meta"}
+    assert any(isinstance(p, AffineQuantizedTensor) for p in model.parameters())
+
+
+class SharedClass:
+    """A Llama with one buffer at two modules, and a parameter made on the CPU."""
+
+    @staticmethod
+    def from_config(config: Any, **options: Any) -> nn.Module:
+        model = LlamaForCausalLM._from_config(config, **options)
+        model.register_buffer("gain", torch.zeros(2))
+        model.model.register_buffer("gain", model.gain)
+        model._parameters["extra"] = nn.Parameter(torch.zeros(3))
+        return model
+
+
+@pytest.mark.parametrize("device", [None, "cpu", "meta"])
+def test_shared_buffers_and_odd_parameters(device: str | None, folder: Path) -> None:
+    file = folder / "model.safetensors"
+    own = {"gain": torch.tensor([1.0, 2.0]), "extra": torch.ones(3)}
+    save_file(load_file(file) | own, file)
+    model = from_pretrained(folder, device_map=device, model_class=SharedClass)
+    assert model.model.gain is model.gain
+    assert devices(model) == {device or "cpu"}
+    if device != "meta":
+        assert model.gain.tolist() == [1.0, 2.0]
+        assert model.extra.tolist() == [1.0] * 3

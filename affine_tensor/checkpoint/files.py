@@ -10,6 +10,7 @@ import json
 import math
 import re
 import struct
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ class StoredTensor:
         Not by memory map: writers leave the data at odd addresses, which wide loads do
         not take, and mapped pages count twice while parts are joined.
         """
-        data = torch.empty(self.nbytes, dtype=torch.uint8)
+        data = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu")
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
             view, done = memoryview(data.numpy().data), 0
@@ -97,6 +98,16 @@ class StoredTensor:
                     )
                 done += count
         return data.view(self.dtype).view(self.shape)
+
+
+# One thread at a time: torch's MPS backend does not take several.
+_moving = threading.Lock()
+
+
+def move(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor that was just read, on `device`; the caller drops the one it gave."""
+    with _moving:
+        return tensor.to(device)
 
 
 @dataclass(frozen=True)

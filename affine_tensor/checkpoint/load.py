@@ -24,6 +24,7 @@ from .files import (
     StoredTensor,
     cast,
     fetch,
+    move,
     open_checkpoint,
 )
 
@@ -86,6 +87,7 @@ def load_checkpoint_(
     model: nn.Module,
     source: str | Path,
     *,
+    device: str | torch.device = "cpu",
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
@@ -97,15 +99,19 @@ def load_checkpoint_(
     `source` is a folder or the name of a Hub repository (the keywords are those of
     huggingface_hub). Each weight that the checkpoint has quantized becomes an
     `AffineQuantizedTensor` parameter of the module that it belongs to, on the device
-    and with the dtype of the parameter that it replaces (from the meta device: on the
-    CPU); its scales keep the dtype of the file. Other tensors are copied into the
-    model's own and cast to their dtype. Tied weights may be stored once.
+    and with the dtype of the parameter that it replaces; its scales keep the dtype of
+    the file. Other tensors are copied into the model's own and cast to their dtype. Tied
+    weights may be stored once.
+
+    `device` is where parameters and persistent buffers go that are on the meta device.
+    Each tensor is moved as soon as it is read: the CPU holds a few of them at a time.
 
     The load is a transaction: everything is checked and read before the model changes.
     Raises `CheckpointError` (a ValueError), which lists every missing, unexpected,
     misshapen and wrongly typed tensor, and what `fetch` raises. The model is then as it
     was.
     """
+    device = torch.device(device)
     folder = fetch(
         source,
         revision=revision,
@@ -118,7 +124,7 @@ def load_checkpoint_(
         raise CheckpointError(f"{folder} is not in MLX format: {_why_not(checkpoint)}")
     plan = _make_plan(model, checkpoint)
     report = LoadReport(str(source), ignored=plan.ignored)
-    values = list(_read(plan, report, progress))
+    values = list(_read(plan, device, report, progress))
     for target, value in values:
         _put(target, value)
     return report
@@ -243,17 +249,21 @@ def _error(checkpoint: Checkpoint, found: dict[str, list[str]]) -> CheckpointErr
 
 
 def _read(
-    plan: _Plan, report: LoadReport, progress: bool
+    plan: _Plan, device: torch.device, report: LoadReport, progress: bool
 ) -> Iterator[tuple[_Target, Tensor]]:
-    """Read all tensors, in the order in which they lie in the files.
+    """Read all tensors to where they belong, in the order of the files.
 
     By several threads: most of the time goes into the first touch of fresh memory.
     """
     work = sorted(plan.items, key=lambda item: item[1].place)
-    read: dict[int, Tensor] = {}
+
+    def value_of(item: tuple[_Target, _Stored]) -> Tensor:
+        own = item[0].parameter
+        return _value(*item, device if own.is_meta else own.device)
+
     pool = ThreadPoolExecutor(_READERS)
     try:
-        values = pool.map(_value, *zip(*work, strict=True)) if work else iter(())
+        values = pool.map(value_of, work)
         bar = tqdm(
             zip(work, values, strict=True),
             "loading",
@@ -264,17 +274,26 @@ def _read(
             disable=not progress,
         )
         for (target, _), value in bar:
-            read[id(target.parameter)] = value
             _note(report, target.name, value)
             yield target, value
     finally:
         pool.shutdown(cancel_futures=True)
+    _check_repeated(plan)
+
+
+def _check_repeated(plan: _Plan) -> None:
+    """Raise CheckpointError unless what is stored twice for a tied weight is equal.
+
+    Both are read again, so that they are compared on the CPU: other devices may round a
+    packed one otherwise, and the meta device holds nothing.
+    """
+    first = {id(target.parameter): stored for target, stored in plan.items}
     for target, stored in plan.repeated:
-        if not torch.equal(_value(target, stored), read[id(target.parameter)]):
-            own = target.parameter
-            first = next(s.name for t, s in work if t.parameter is own)
+        kept = first[id(target.parameter)]
+        cpu = torch.device("cpu")
+        if not torch.equal(_value(target, stored, cpu), _value(target, kept, cpu)):
             raise CheckpointError(
-                f"the model ties {first} and {stored.name}, and the checkpoint "
+                f"the model ties {kept.name} and {stored.name}, and the checkpoint "
                 "has different values for them. Untie them first: with "
                 "tie_word_embeddings=False in the configuration (a keyword of "
                 "from_pretrained), or in a module that has none with "
@@ -291,13 +310,12 @@ def _note(report: LoadReport, name: str, value: Tensor) -> None:
         report.dense_bytes += value.nbytes
 
 
-def _value(target: _Target, stored: _Stored) -> Tensor:
+def _value(target: _Target, stored: _Stored, device: torch.device) -> Tensor:
     own = target.parameter
-    device = torch.device("cpu") if own.is_meta else own.device
     if isinstance(stored, mlx.PackedWeight):
         return stored.read(own.dtype, device)
     value = stored.read().view(own.shape)
-    return cast(target.name, value, own.dtype).to(device)
+    return move(cast(target.name, value, own.dtype), device)
 
 
 def _put(target: _Target, value: Tensor) -> None:

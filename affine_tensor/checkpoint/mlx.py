@@ -15,7 +15,7 @@ import torch
 
 from .. import layout
 from ..tensor import AffineQuantizedTensor
-from .files import Checkpoint, StoredTensor
+from .files import Checkpoint, StoredTensor, move
 
 _KEYS = ("quantization", "quantization_config")
 
@@ -45,16 +45,17 @@ class PackedWeight:
         return self.packed.place
 
     def read(self, dtype: torch.dtype, device: torch.device) -> AffineQuantizedTensor:
-        """Read it, as a tensor that counts as `dtype`."""
+        """Read it, as a tensor that counts as `dtype`; the words are moved first."""
+        # As int32: not every device has uint32.
+        packed = move(self.packed.read().view(torch.int32), device)
         scales, biases = self.scales.read(), self.biases.read()
         if scales.dtype != biases.dtype:  # exact: one of them is float32 at most
             wide = torch.promote_types(scales.dtype, biases.dtype)
             scales, biases = scales.to(wide), biases.to(wide)
         return AffineQuantizedTensor.from_packed(
-            # As int32: not every device has uint32.
-            self.packed.read().view(torch.int32).to(device),
-            scales.to(device),
-            biases.to(device),
+            packed,
+            move(scales, device),
+            move(biases, device),
             bits=self.bits,
             group_size=self.group_size,
             dtype=dtype,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils.hub import extract_commit_hash
 
@@ -37,7 +37,8 @@ def from_pretrained(
     or a class of models), in evaluation mode; its Linear and Embedding modules are
     torch's own, with packed weights. `dtype` is what it computes in: float32, float16,
     bfloat16 or float64, or its name; "auto" or None: the one that config.json names.
-    `device_map` is one device here. Further keywords change the configuration, as they
+    `device_map` is one device here; tensors go there one by one as they are read, never
+    through a whole copy on the CPU. Further keywords change the configuration, as they
     do in transformers.
 
     Raises `CheckpointError` where the checkpoint's tensors do not fit the model,
@@ -77,14 +78,11 @@ def from_pretrained(
         build = getattr(model_class, "from_config", None) or model_class._from_config
         model = build(config, **options)
     if device is not None:
-        for module in model.modules():  # parameters are still on meta
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = buffer.to(device)
-    report = load_checkpoint_(model, folder)
+        _move_buffers(model, device)
+    report = load_checkpoint_(model, folder, device=device or "cpu")
     logger.info("%s", report)
     if device is not None:
-        model.to(device)
+        model.to(device)  # nothing, unless a module made parameters in a way of its own
     if (folder / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
@@ -120,6 +118,17 @@ def _one_device(device_map: str | torch.device | None) -> torch.device | None:
             f"device_map is {device_map!r}; one device ('cpu', 'mps', 'cuda:0') is "
             "allowed here"
         ) from error
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Move buffers only, those of several modules once: parameters are still on meta."""
+    moved: dict[Tensor, Tensor] = {}  # tensors hash by identity
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                if buffer not in moved:
+                    moved[buffer] = buffer.to(device)
+                module._buffers[name] = moved[buffer]
 
 
 # The build changes what all threads share: below, and transformers the default dtype.
