@@ -277,13 +277,17 @@ inline Codes load_codes(
 }
 
 // What this lane holds of the f-th matrix.
-inline simdgroup_matrix<float, 8, 8> weights_of(const thread Codes& codes, int f) {
-    simdgroup_matrix<float, 8, 8> weights;
+inline float2 weights_of(const thread Codes& codes, int f) {
     const float low = float(code_at(codes.words, 2 * f));
     const float high = float(code_at(codes.words, 2 * f + 1));
-    weights.thread_elements()[0] = fma(low, codes.scale, codes.bias);
-    weights.thread_elements()[1] = fma(high, codes.scale, codes.bias);
-    return weights;
+    return float2(
+        fma(low, codes.scale, codes.bias), fma(high, codes.scale, codes.bias));
+}
+
+// A matrix of which this lane holds the two.
+inline void set_elements(thread simdgroup_matrix<float, 8, 8>& matrix, float2 two) {
+    matrix.thread_elements()[0] = two.x;
+    matrix.thread_elements()[1] = two.y;
 }
 
 // ---- experts --------------------------------------------------------------------

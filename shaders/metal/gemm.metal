@@ -117,14 +117,13 @@ inline void stage(
             simdgroup_matrix<float, 8, 8> weights[N_TILES];
 #pragma clang loop unroll(full)
             for (int i = 0; i < N_TILES; ++i) {
-                weights[i] = weights_of(codes[i], f);
+                set_elements(weights[i], weights_of(codes[i], f));
             }
 #pragma clang loop unroll(full)
             for (int j = 0; j < M_TILES; ++j) {
                 const X2 two = *(const threadgroup X2*)(block + 8 * f * LD + 8 * j);
                 simdgroup_matrix<float, 8, 8> values;
-                values.thread_elements()[0] = float(two.x);
-                values.thread_elements()[1] = float(two.y);
+                set_elements(values, float2(float(two.x), float(two.y)));
 #pragma clang loop unroll(full)
                 for (int i = 0; i < N_TILES; ++i) {
                     simdgroup_multiply_accumulate(

@@ -99,12 +99,12 @@ inline void stage(
             for (int j = 0; j < M_TILES; ++j) {
                 const int at = (8 * j + row) * LD + 8 * block + 2 * pair;
                 const X2 two = *(const threadgroup X2*)(staged + at);
-                values[j].thread_elements()[0] = float(two.x);
-                values[j].thread_elements()[1] = float(two.y);
+                set_elements(values[j], float2(float(two.x), float(two.y)));
             }
 #pragma clang loop unroll(full)
             for (int f = 0; f < 8; ++f) {
-                simdgroup_matrix<float, 8, 8> weights = weights_of(codes, f);
+                simdgroup_matrix<float, 8, 8> weights;
+                set_elements(weights, weights_of(codes, f));
 #pragma clang loop unroll(full)
                 for (int j = 0; j < M_TILES; ++j) {
                     simdgroup_multiply_accumulate(
