@@ -118,7 +118,11 @@ def _spread(bias: Tensor | None, x: Tensor, n: int) -> Tensor | None:
     """A bias of more than one dimension becomes as large as the result."""
     if bias is None or bias.dim() <= 1:
         return bias
-    return bias.expand(*x.shape[:-1], n).contiguous()
+    shape = (*x.shape[:-1], n)
+    # The same object where nothing is to do: a view of it would count as copied.
+    if bias.shape == shape and bias.is_contiguous():
+        return bias
+    return bias.expand(shape).contiguous()
 
 
 def _bias_strides(bias: Tensor | None) -> tuple[int, int]:
@@ -127,7 +131,8 @@ def _bias_strides(bias: Tensor | None) -> tuple[int, int]:
         return 0, 0
     if bias.dim() == 1:
         return 0, bias.stride(0)
-    return bias.stride(-2), bias.stride(-1)
+    # Spread and contiguous, which leaves strides of dimensions of size 1 open.
+    return bias.shape[-1], 1
 
 
 def _collapsible(x: Tensor) -> Tensor:
