@@ -74,6 +74,11 @@ def register_kernel(op: str, device: str) -> Callable[[Kernel], Kernel]:
     return register
 
 
+def kernel(op: str, tensor: Tensor) -> Kernel | None:
+    """The kernel registered for the device of a tensor, if there is one."""
+    return _kernels[op].get(device_of(tensor))
+
+
 def reference(op: str) -> Kernel:
     """The plain torch implementation of an operator."""
     return _reference[op]

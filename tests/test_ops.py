@@ -12,8 +12,10 @@ from conftest import make, randn, wrapped
 from expecttest import assert_expected_inline
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import affine_tensor.tensor
 from affine_tensor import AffineQuantizedTensor, layout, ops
 
 affine = torch.ops.affine_tensor
@@ -442,3 +444,53 @@ def test_linear_itself_knows_autocast() -> None:
         got = affine.linear(x, *parts(W)[:3], **form(W))  # all the defaults
         assert got.dtype == torch.bfloat16
         assert got.shape == (5, 6)
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_kernel_is_called_without_the_operator_only_where_nobody_watches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kernel_calls, operator_calls = [], []
+    operator = affine_tensor.tensor._linear_op
+
+    def kernel(x: Tensor, *args: Any, **format: Any) -> Tensor:
+        kernel_calls.append(x.shape)
+        return ops.reference("linear")(x, *args, **format)
+
+    def counted(*args: Any, **format: Any) -> Tensor:
+        operator_calls.append(args[0].shape)
+        return operator(*args, **format)
+
+    monkeypatch.setitem(ops._kernels["linear"], "cpu", kernel)
+    monkeypatch.setattr(affine_tensor.tensor, "_linear_op", counted)
+    weight, x = make(16, 64), randn(2, 64)
+    exact = F.linear(x, weight.dequantize())
+    with torch.no_grad():
+        torch.testing.assert_close(F.linear(x, weight), exact)
+    torch.testing.assert_close(F.linear(x, weight), exact)
+    assert (len(kernel_calls), len(operator_calls)) == (2, 0)
+
+    with torch.no_grad(), _Watch() as watch:
+        F.linear(x, weight)
+    assert "affine_tensor.linear.default" in watch.seen
+    with torch.no_grad(), FlopCounterMode(display=False) as flops:
+        F.linear(x, weight)
+    assert flops.get_total_flops() == 2 * 2 * 16 * 64
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        F.linear(x, weight)
+    assert "affine_tensor::linear" in {event.key for event in profile.key_averages()}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert F.linear(x, weight).dtype == torch.bfloat16
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda t: F.linear(t, weight), (x,), check_trace=False)
+    assert "affine_tensor::linear" in str(traced.graph)
+    assert (len(kernel_calls), len(operator_calls)) == (7, 5)
