@@ -1,0 +1,109 @@
+"""Checks every kernel of the machine it runs on against the reference.
+
+python -m affine_tensor.doctor            all formats
+python -m affine_tensor.doctor --quick    a sample, in seconds
+python -m affine_tensor.doctor --tune     times the kernels, and keeps what is best
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import torch
+
+from .. import ops
+from ..kernels import machine, settings
+from ..quantize import format_table
+from .operators import check_operators
+from .watch import watched
+from .whole import check_whole
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the tables; 1 if anything is wrong, else 0."""
+    options = _parser().parse_args(arguments)
+    kind = options.device or machine.default_kind()
+    if not machine.is_available(kind):
+        print(f"there is no {kind} device here; torch has {torch.__version__}")
+        return 1
+    print(machine.banner() + describe(kind))
+    return check(kind, quick=options.quick)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m affine_tensor.doctor",
+        description="Check every kernel of this machine against the reference.",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a sample of formats, in seconds"
+    )
+    parser.add_argument(
+        "--device",
+        choices=machine.KINDS,
+        help="default: the accelerator that there is, else cpu",
+    )
+    return parser
+
+
+def describe(kind: str) -> str:
+    """The device, versions and limits, one to a line."""
+    from .. import __version__
+
+    rows = [
+        ("device", f"{kind} ({machine.name_of(kind)})"),
+        ("versions", f"affine_tensor {__version__}, torch {torch.__version__}"),
+        ("system", machine.system()),
+    ]
+    if kind == "mps":
+        rows += _describe_metal()
+    elif not any(kind in own for own in ops._kernels.values()):
+        text = f"none of our own for {kind}: what is checked is the reference"
+        rows.append(("kernels", text))
+    return "\n".join(f"{name:<10}{text}" for name, text in rows)
+
+
+def _describe_metal() -> list[tuple[str, str]]:
+    from ..kernels.metal import tuning
+
+    limits = ", ".join(f"{k} {v}" for k, v in asdict(tuning.limits()).items())
+    if tuning.chip().name in tuning._stored():
+        origin = f"timed on this machine ({tuning.tuned_file()})"
+    else:
+        origin = f"built in for generation {tuning.chip().generation}, not timed here"
+    changed = [
+        name for name in ("batch_invariant", "strict") if getattr(settings, name)
+    ]
+    if settings.metal_backend != "own":
+        changed.append(f"backend {settings.metal_backend} (here our own are checked)")
+    return [
+        ("limits", limits),
+        ("", origin),
+        ("settings", ", ".join(changed) or "default"),
+    ]
+
+
+def check(kind: str, *, quick: bool) -> int:
+    """Print what was found about every operator and in use; 1 if anything is wrong."""
+    with watched() as watch:
+        rows = check_operators(kind, watch, quick)
+        header = ("operator", "kernels", "cases", "error / bound", "")
+        print()
+        print(format_table([header, *(row.cells() for row in rows)]))
+        outcomes = list(check_whole(kind, watch))
+    print()
+    for one in outcomes:
+        print(f"{one.name:<31}{one.state}{f' ({one.text})' if one.text else ''}")
+    problems = [line for row in rows for line in row.failures()]
+    problems += [f"{o.name}: {o.text}" for o in outcomes if o.state == "FAILED"]
+    skipped = sum(one.state == "skipped" for one in outcomes)
+    if problems:
+        print("\nWhat is wrong:")
+        print("\n".join(problems))
+        return 1
+    print(f"\nAll is well{f', {skipped} skipped' if skipped else ''}.")
+    return 0

@@ -1,0 +1,105 @@
+"""Seeing which kernels run, so that no slow path passes for one of them."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from .. import tensor as tensor_module
+from ..kernels import metal, metal_library, metal_values, settings
+
+
+class Watch(logging.Handler):
+    """What happened since `clear`: launches of kernels, calls of operators, warnings."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.clear()
+
+    def clear(self) -> None:
+        self.launches: list[str] = []
+        self.calls = 0
+        self.warnings: list[str] = []
+        tensor_module._logged.clear()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.warnings.append(record.getMessage())
+
+    def slow_path(self, kind: str) -> str | None:
+        """How something else than our kernels did the work, or None."""
+        if self.warnings:
+            return self.warnings[0]
+        if kind == "mps" and len(self.launches) < self.calls:
+            return (
+                f"of {self.calls} calls of operators only {len(self.launches)} launched "
+                "a kernel; the reference took the others"
+            )
+        return None
+
+
+class _Library:
+    """A compiled library whose kernels note their launches."""
+
+    def __init__(self, library: Any, watch: Watch) -> None:
+        self._library, self._watch = library, watch
+
+    def __getattr__(self, name: str) -> Any:
+        return _Kernel(getattr(self._library, name), name, self._watch)
+
+
+class _Kernel:
+    def __init__(self, kernel: Any, name: str, watch: Watch) -> None:
+        self._kernel, self._name, self._watch = kernel, name, watch
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._watch.launches.append(self._name)
+        return self._kernel(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kernel, name)
+
+
+def forget() -> None:
+    """Drop all compiled kernels and plans."""
+    metal_library.reset()
+    metal.reset()
+    metal_values.reset()
+
+
+@contextmanager
+def watched() -> Iterator[Watch]:
+    """Within, kernels are compiled anew and watched, and one that is wrong raises."""
+    watch = Watch()
+    compile_shader, device_of = torch.mps.compile_shader, ops.device_of
+    before = settings.strict, settings.metal_backend
+
+    @functools.wraps(compile_shader)
+    def compile_and_watch(source: str) -> Any:
+        return _Library(compile_shader(source), watch)
+
+    # Every operator asks once where it runs.
+    def count(tensor: Tensor) -> str:
+        watch.calls += 1
+        return device_of(tensor)
+
+    forget()
+    torch.mps.compile_shader, ops.device_of = compile_and_watch, count
+    settings.strict, settings.metal_backend = True, "own"
+    logger = logging.getLogger("affine_tensor")
+    logger.addHandler(watch)
+    propagate, logger.propagate = logger.propagate, False
+    try:
+        yield watch
+    finally:
+        logger.removeHandler(watch)
+        logger.propagate = propagate
+        torch.mps.compile_shader, ops.device_of = compile_shader, device_of
+        settings.strict, settings.metal_backend = before
+        forget()
