@@ -174,12 +174,22 @@ def _bmm(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         raise RuntimeError(
             f"bmm: {list(left.shape)} and {list(right.shape)} do not fit together"
         )
-    # One expert at a time: all of them dense could be larger than memory.
-    pairs = zip(left.unbind(0), right.unbind(0), strict=True)
-    if left.shape[0] == 0:
-        dense = right if _is_packed(left) else left
-        return dense.new_empty((0, left.shape[1], right.shape[2]))
-    return torch.stack([_mm(aten.mm.default, pair, {}) for pair in pairs])
+    # With the weight on the left: (W x)^T = x^T W^T.
+    turned = _is_packed(left)
+    weight, x = (left, right.mT) if turned else (right, left)
+    batch, rows, columns = x.shape
+    product = _grouped_linear if turned != weight.transposed else _grouped_matmul
+    own = torch.arange(batch, device=x.device, dtype=torch.int32)
+    # One launch for all: each row has its expert, or each expert ends after its rows.
+    groups = (None, own) if rows == 1 else ((own + 1) * rows, None)
+    y = product(
+        x.reshape(batch * rows, columns),
+        *_operands(weight),
+        *groups,
+        **_format(weight),
+    )
+    y = y.view(batch, rows, y.shape[-1])
+    return y.mT.contiguous() if turned else y
 
 
 @implements(aten._grouped_mm.default)
