@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from torch import Tensor
 from ... import layout
 from ..metal_library import Kernel
 from .plans import Choice, Product, grid
+
+# Said each time: programs change torch's defaults.
+_HERE: Any = {"device": "cpu", "dtype": torch.float32}
 
 _UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
@@ -32,10 +36,10 @@ class Case:
     def __init__(self, product: Product, choice: Choice) -> None:
         self.product = small = _small(product, choice)
         self.choice = choice
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator)
+            return torch.randn(*shape, generator=generator, **_HERE)
 
         form = {"bits": small.bits, "group_size": small.group_size}
         lead = (small.experts, small.n) if small.experts else (small.n,)
@@ -58,8 +62,9 @@ class Case:
             self._assign(tiles)
         # Tiles leave rows without an expert as they find them.
         columns = small.k if small.transposed else small.n
-        self.start = torch.full((small.m, columns), 0.0 if tiles else float("nan"))
-        self.start = self.start.to(small.dtype)
+        self.start = torch.full(
+            (small.m, columns), 0.0 if tiles else float("nan"), **_HERE
+        ).to(small.dtype)
         steps = [packed.stride(0), scales.stride(0)] if small.experts else [0, 0]
         self.shape = [
             *(small.m, small.n, small.k, *self.x.stride()),
@@ -69,22 +74,23 @@ class Case:
     def _permute(self, generator: torch.Generator) -> Tensor:
         """A permutation, for each expert its own; the dense weight follows it."""
         lead = self.dense.shape[:-2]
-        order = torch.rand(*lead, self.product.k, generator=generator).argsort(-1)
-        columns = order.unsqueeze(-2).expand_as(self.dense)
-        self.dense = torch.empty_like(self.dense).scatter_(-1, columns, self.dense)
+        columns = self.product.k
+        order = torch.rand(*lead, columns, generator=generator, **_HERE).argsort(-1)
+        to = order.unsqueeze(-2).expand_as(self.dense)
+        self.dense = torch.empty_like(self.dense).scatter_(-1, to, self.dense)
         return order.int()
 
     def _assign(self, tiles: bool) -> None:
         """Give rows to experts; the middle one has none."""
         m, dtype = self.product.m, self.product.expert_type
         if self.product.grouping == 1:
-            indices = torch.arange(m) % 2 * 2
+            indices = torch.arange(m, device="cpu") % 2 * 2
             self.owners = [int(i) for i in indices]
             self.extra.append(indices.to(dtype))
             return
-        ends = torch.tensor([2, 2, m - 1])  # the last row has no expert
+        ends = torch.tensor([2, 2, m - 1], device="cpu")  # the last row has no expert
         owners: list[int | None] = [0, 0, *[2] * (m - 3), None]
-        order = torch.arange(m)
+        order = torch.arange(m, device="cpu")
         if self.product.gathered:
             order = order.flip(0)
         self.owners = owners[::-1] if self.product.gathered else owners
@@ -111,7 +117,7 @@ class Case:
         """What differs by more than float32 sums and one rounding explain."""
         dense = self.dense if self.product.transposed else self.dense.mT
         x = self.x.double()
-        exact = torch.zeros(y.shape, dtype=torch.float64)
+        exact = torch.zeros_like(y, dtype=torch.float64)
         size = torch.zeros_like(exact)
         for m, owner in enumerate(self.owners):
             if owner is not None:
