@@ -104,12 +104,13 @@ def _few_rows(product: Product, rows: int, wanted: int) -> Choice:
 def _tiles(
     product: Product, rows: int, wanted: int, invariant: bool, skinny: int
 ) -> Choice:
-    one = rows <= skinny
-    tall = -(-rows // 8) if one else _rows_of_tile(rows)
-    wide = 1 if one else 2
+    tall = -(-rows // 8) if rows <= skinny else _rows_of_tile(rows)
     size = product.dtype.itemsize
+    # Wide tiles load x less often: as wide as registers allow, and as keeps cores busy.
+    wide = 4 if tall <= 3 else 2
+    split = 1
 
-    def simdgroups(wide: int, split: int) -> int:
+    def simdgroups() -> int:
         columns = 32 * wide // split
         return 4 * -(-product.n // columns) * -(-rows // (8 * tall))
 
@@ -117,15 +118,9 @@ def _tiles(
         line = 8 * tall + (4 if size == 4 else 8)
         return 64 * split * line * size <= _MEMORY and product.k >= 128 * split
 
-    split = 1
-    if wide == 2 and simdgroups(wide, split) < wanted:
-        wide = 1
-    while (
-        split < 4
-        and not invariant
-        and fits(2 * split)
-        and simdgroups(wide, split) < wanted
-    ):
+    while wide > 1 and simdgroups() < wanted:
+        wide //= 2
+    while split < 4 and not invariant and fits(2 * split) and simdgroups() < wanted:
         split *= 2
     return _choice("gemm", M_TILES=tall, N_TILES=wide, SPLIT=split)
 
