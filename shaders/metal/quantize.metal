@@ -15,9 +15,10 @@ constant constexpr int LANES = GROUP_SIZE < 32 ? 16 : 32;  // of a group
 constant constexpr int GROUPS = 32 / LANES;  // of a simdgroup
 constant constexpr int WIDTH = PER * BITS;  // bits of a lane, up to 64
 
-// Lanes that a word has bits of, at most.
-constant constexpr int OWNERS =
-    32 % WIDTH == 0 ? 32 / WIDTH : (WIDTH == 64 ? 1 : 1 + (30 + WIDTH) / WIDTH);
+// Lanes that a word has bits of, at most. Words begin within a lane's bits at multiples of
+// the power of two that divides both.
+constant constexpr int STEP = WIDTH == 64 ? 32 : WIDTH & -WIDTH;
+constant constexpr int OWNERS = (31 + 2 * WIDTH - STEP) / WIDTH;
 
 // As bits, which hold whatever a compiler thinks of NaN.
 inline bool is_finite(float value) {
