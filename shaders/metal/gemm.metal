@@ -23,6 +23,10 @@ constant constexpr int LD = BM + (sizeof(X) == 4 ? 4 : 8);
 
 typedef vec<X, 2> X2;
 
+// In float, thousands of terms one after the other would show: every BK columns are
+// summed up by themselves.
+constant constexpr bool APART = is_same<X, float>::value;
+
 // Where column k of a block of 64 lies: product f takes from lane column c (of four) the
 // codes 16 c + 2 f and the next.
 inline int place_of_column(int k) {
@@ -101,6 +105,7 @@ inline void stage(
     for (int i = 0; i < N_TILES * M_TILES; ++i) {
         sums[i] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
     }
+    float totals[APART ? 2 * N_TILES * M_TILES : 1] = {0.0f};
     for (int k0 = 0; k0 < int(shape.k); k0 += BK) {
         Codes codes[N_TILES];
 #pragma clang loop unroll(full)
@@ -130,6 +135,22 @@ inline void stage(
                         sums[i * M_TILES + j], weights[i], values, sums[i * M_TILES + j]);
                 }
             }
+        }
+        if constexpr (APART) {
+#pragma clang loop unroll(full)
+            for (int i = 0; i < N_TILES * M_TILES; ++i) {
+                totals[2 * i] += sums[i].thread_elements()[0];
+                totals[2 * i + 1] += sums[i].thread_elements()[1];
+                sums[i].thread_elements()[0] = 0.0f;
+                sums[i].thread_elements()[1] = 0.0f;
+            }
+        }
+    }
+    if constexpr (APART) {
+#pragma clang loop unroll(full)
+        for (int i = 0; i < N_TILES * M_TILES; ++i) {
+            sums[i].thread_elements()[0] = totals[2 * i];
+            sums[i].thread_elements()[1] = totals[2 * i + 1];
         }
     }
 

@@ -20,6 +20,10 @@ constant constexpr int LD = BN + (sizeof(X) == 4 ? 4 : 8);
 
 typedef vec<X, 2> X2;
 
+// In float, thousands of terms one after the other would show: every BN rows of W are
+// summed up by themselves.
+constant constexpr bool APART = is_same<X, float>::value;
+
 // BN columns of the rows of x, from column n0 on; zero where there are none.
 inline void stage(
     threadgroup X* staged,
@@ -87,6 +91,7 @@ inline void stage(
     for (int i = 0; i < M_TILES * 8; ++i) {
         sums[i] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
     }
+    float totals[APART ? 2 * M_TILES * 8 : 1] = {0.0f};
     for (long n0 = 0; n0 < shape.n; n0 += BN) {
         threadgroup_barrier(mem_flags::mem_threadgroup);
         stage(staged, x, order, shape, tile, n0, 32 * simdgroup + lane);
@@ -111,6 +116,22 @@ inline void stage(
                         sums[j * 8 + f], values[j], weights, sums[j * 8 + f]);
                 }
             }
+        }
+        if constexpr (APART) {
+#pragma clang loop unroll(full)
+            for (int i = 0; i < M_TILES * 8; ++i) {
+                totals[2 * i] += sums[i].thread_elements()[0];
+                totals[2 * i + 1] += sums[i].thread_elements()[1];
+                sums[i].thread_elements()[0] = 0.0f;
+                sums[i].thread_elements()[1] = 0.0f;
+            }
+        }
+    }
+    if constexpr (APART) {
+#pragma clang loop unroll(full)
+        for (int i = 0; i < M_TILES * 8; ++i) {
+            sums[i].thread_elements()[0] = totals[2 * i];
+            sums[i].thread_elements()[1] = totals[2 * i + 1];
         }
     }
 
