@@ -31,7 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"there is no {kind} device here; torch has {torch.__version__}")
         return 1
     print(machine.banner() + describe(kind))
-    return check(kind, quick=options.quick)
+    if options.tune:
+        return tune(kind, sizes=options.sizes, store=options.store)
+    return check(kind, quick=options.quick, only=options.only)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,9 +45,27 @@ def _parser() -> argparse.ArgumentParser:
         "--quick", action="store_true", help="a sample of formats, in seconds"
     )
     parser.add_argument(
+        "--only", default="", metavar="TEXT", help="checks with this text in their name"
+    )
+    parser.add_argument(
         "--device",
         choices=machine.KINDS,
         help="default: the accelerator that there is, else cpu",
+    )
+    tuning = parser.add_argument_group("tuning (mps)")
+    tuning.add_argument(
+        "--tune",
+        action="store_true",
+        help="time the kernels instead, and keep the limits that are best here",
+    )
+    tuning.add_argument(
+        "--sizes",
+        choices=("model", "small"),
+        default="model",
+        help="of the weights; small ones only show that it works",
+    )
+    tuning.add_argument(
+        "--store", action="store_true", help="keep limits found on the emulator, too"
     )
     return parser
 
@@ -87,23 +107,52 @@ def _describe_metal() -> list[tuple[str, str]]:
     ]
 
 
-def check(kind: str, *, quick: bool) -> int:
+def check(kind: str, *, quick: bool = False, only: str = "") -> int:
     """Print what was found about every operator and in use; 1 if anything is wrong."""
     with watched() as watch:
-        rows = check_operators(kind, watch, quick)
-        header = ("operator", "kernels", "cases", "error / bound", "")
+        rows = check_operators(kind, watch, quick=quick, only=only)
+        if rows:
+            header = ("operator", "kernels", "cases", "error / bound", "")
+            print(f"\n{format_table([header, *(row.cells() for row in rows)])}")
+        outcomes = list(check_whole(kind, watch, only=only))
+    if outcomes:
         print()
-        print(format_table([header, *(row.cells() for row in rows)]))
-        outcomes = list(check_whole(kind, watch))
-    print()
     for one in outcomes:
         print(f"{one.name:<31}{one.state}{f' ({one.text})' if one.text else ''}")
     problems = [line for row in rows for line in row.failures()]
     problems += [f"{o.name}: {o.text}" for o in outcomes if o.state == "FAILED"]
-    skipped = sum(one.state == "skipped" for one in outcomes)
     if problems:
         print("\nWhat is wrong:")
         print("\n".join(problems))
         return 1
+    if not rows and not outcomes:
+        print(f"\nNo check has {only!r} in its name.")
+        return 1
+    skipped = sum(one.state == "skipped" for one in outcomes)
     print(f"\nAll is well{f', {skipped} skipped' if skipped else ''}.")
+    return 0
+
+
+def tune(kind: str, *, sizes: str = "model", store: bool = False) -> int:
+    """Time the kernels, print what was found, and keep it; 1 where there are none."""
+    from ..kernels.metal import tuning
+    from ..kernels.metal.tune import PLANS
+    from ..kernels.metal.tune import tune as find
+
+    if kind != "mps":
+        print(
+            f"\nThere is nothing to tune on {kind}: limits are those of Metal kernels."
+        )
+        return 1
+    before = tuning.limits()
+    found = find(PLANS[sizes])
+    print(f"\n{format_table(found.rows())}\n")
+    built_in = tuning.BY_GENERATION[tuning.chip().generation]
+    columns = [asdict(limits) for limits in (built_in, before, found.limits)]
+    rows = [(name, *(str(one[name]) for one in columns)) for name in columns[0]]
+    print(format_table([("limit", "built in", "before", "found"), *rows]))
+    if (sizes == "model" and not machine.emulated()) or store:
+        print(f"\nKept for {tuning.chip().name} in {tuning.store(found.limits)}")
+    else:
+        print("\nNot kept: not timed on a GPU with weights of real size (--store)")
     return 0

@@ -36,8 +36,8 @@ class Outcome:
 Check = Callable[[torch.device], str]
 
 
-def check_whole(kind: str, watch: Watch) -> Iterator[Outcome]:
-    """The outcome of each check."""
+def check_whole(kind: str, watch: Watch, *, only: str = "") -> Iterator[Outcome]:
+    """The outcome of each check, or of those whose name contains `only`."""
     checks: dict[str, Check] = {
         "gradient to the input": _gradient,
         "training an adapter (LoRA)": _adapter,
@@ -47,6 +47,8 @@ def check_whole(kind: str, watch: Watch) -> Iterator[Outcome]:
     }
     device = machine.tensor_device(kind)
     for name, check in checks.items():
+        if only not in name:
+            continue
         watch.clear()
         try:
             text = check(device)
