@@ -77,7 +77,7 @@ def _example(
     )
     shape = (2, 4, _COLUMNS // form["group_size"])
     scales, biases = torch.randn(2, *shape, generator=generator)
-    near = 2.0**-20
+    near = 2.0**-24
     tie = 3075 / 64 if dtype == torch.float16 else 387 / 64  # thrice a 16-bit number
     hard = [(tie / 3, near), (tie / 3, -near), (-tie / 3, near), (tie, near)]
     hard += [((tie + 1 / 32) / 3, 0.0), (-near, tie)]
