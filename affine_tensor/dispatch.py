@@ -62,6 +62,8 @@ def _fallback(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         # Composite operators arrive whole in inference mode, as parts otherwise.
         return func.decompose(*args, **kwargs)
     if func.namespace not in ("aten", "prims", "prim"):
+        if str(func) in _FOREIGN:
+            return _FOREIGN[str(func)](func, args, kwargs)
         raise NotImplementedError(
             f"{func} does not know packed weights. Give it weight.dequantize()"
         )
@@ -202,6 +204,32 @@ def _grouped_mm(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     op = _grouped_linear if weight.transposed else _grouped_matmul
     y = op(x, *_operands(weight), offsets, **_format(weight))
     return y if dtype is None else y.to(dtype)
+
+
+def _grouped_mm_of_transformers(
+    func: Any, args: Sequence[Any], kwargs: dict[str, Any]
+) -> Tensor:
+    x, weight, offsets = _arguments(func, args, kwargs)
+    return cast(Tensor, aten._grouped_mm.default(x, weight, offsets))
+
+
+def _grouped_mm_of_transformers_backward(
+    func: Any, args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    x, weight, offsets, gradient = _arguments(func, args, kwargs)
+    # Packed weights are frozen: nobody asks for the second, which must be a tensor.
+    none = x.new_zeros(()).expand(weight.shape)
+    return aten._grouped_mm.default(gradient, weight.mT, offsets), none
+
+
+# Operators that exist once their own package has been imported, so known by name.
+# transformers' experts have these where they compile in another dtype than bfloat16.
+_FOREIGN: dict[str, Callable[..., Any]] = {
+    "transformers.grouped_mm_fallback.default": _grouped_mm_of_transformers,
+    "transformers.grouped_mm_fallback_backward.default": (
+        _grouped_mm_of_transformers_backward
+    ),
+}
 
 
 @implements(aten.embedding.default)
