@@ -114,7 +114,7 @@ def double_twin(model: nn.Module) -> Any:
     """A copy in float64 that is dense, its weights exactly what the codes say."""
     twin = copy.deepcopy(model)
     dequantize_(twin, torch.float64)
-    config = getattr(twin, "config", None)
+    config = getattr(twin, "config", None)  # nn.Sequential has none
     if getattr(config, "_experts_implementation", None) == "grouped_mm":
         twin.set_experts_implementation("eager")  # torch's grouped_mm has no float64
     return twin.double()
@@ -631,6 +631,24 @@ def test_a_compiled_linear(backend: str, device: None) -> None:
 def inferred(model: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
         return model(x)
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+def test_compiled_experts(implementation: str, device: None) -> None:
+    """In float32 transformers compiles grouped_mm as an operator of its own."""
+    with reference():
+        whole, x = experts(implementation), torch.randn(1, 7, 64)
+        model = whole.model.layers[0].mlp
+        exact = product(double_twin(whole).model.layers[0].mlp, x.double())
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found, log = logged(lambda: product(compiled, x))
+    want, own_log = logged(lambda: product(model, x))
+    for a, b, c in zip(found, want, exact, strict=True):
+        assert relative_l2(a, b) < 1e-6
+        assert relative_l2(a, c) < 1e-6
+    assert log == own_log
+    assert "experts" in log
 
 
 @pytest.mark.parametrize("rows", [1, 3])
