@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import textwrap
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,23 @@ from affine_tensor import AffineQuantizedTensor
 
 # The shapes here are small: more threads only wait for each other.
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full", action="store_true", help="all combinations, which takes an hour"
+    )
+
+
+@pytest.fixture
+def emulated_metal(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Kernels for MPS run on the emulator, for tensors on the CPU.
+
+    Operators of this library that make operands or references belong before it.
+    """
+    from emulated import EmulatedMetal
+
+    return EmulatedMetal(monkeypatch)
 
 
 def make(
