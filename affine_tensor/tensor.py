@@ -365,7 +365,7 @@ _are_functorch_transforms_active = torch._C._are_functorch_transforms_active
 _is_autocast_on = torch._C._is_any_autocast_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _jit_trace = torch._C._get_tracing_state
-_is_profiling = torch.autograd._profiler_enabled
+_is_profiling = torch._C._autograd._profiler_enabled
 
 
 def _linear_fast(input: Any, weight: Any, bias: Any = None) -> Tensor | None:

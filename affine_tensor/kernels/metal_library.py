@@ -124,7 +124,7 @@ def _checked(
         # Looked up once: each look-up makes a new object.
         made = getattr(library, wanted.family)
         wrong = check(wanted, made)
-    except (SyntaxError, RuntimeError) as error:
+    except (SyntaxError, RuntimeError, ValueError) as error:
         made, wrong = None, f"{type(error).__name__}: {error}"
     if wrong is None:
         logger.debug("compiled and checked %s", wanted)
