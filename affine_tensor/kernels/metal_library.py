@@ -123,7 +123,8 @@ def _checked(
         library = torch.mps.compile_shader(source(wanted))
         # Looked up once: each look-up makes a new object.
         made = getattr(library, wanted.family)
-        wrong = check(wanted, made)
+        with torch.device("cpu"):  # where checks make their inputs, whatever the default
+            wrong = check(wanted, made)
     except (SyntaxError, RuntimeError, ValueError) as error:
         made, wrong = None, f"{type(error).__name__}: {error}"
     if wrong is None:

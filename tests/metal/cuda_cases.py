@@ -375,6 +375,10 @@ def shader_products() -> Iterator[Case]:
         library = shader_cases.name_of(shader_cases.plans.variant_of(product, choice))
         run = functools.partial(shader_cases.run, product, choice)
         yield Case(library, library, run)
+    for variant in shader_cases.values():
+        library = shader_cases.name_of(variant)
+        run = functools.partial(shader_cases.run_values, variant)
+        yield Case(library, library, run)
 
 
 def all_cases() -> tuple[list[Case], str]:

@@ -44,6 +44,15 @@ CLEAN = (
     "affine_qmm_t_float16_t_gs_32_b_4_0_0 (40, 72,",
     "affine_qmm_t_float16_t_gs_32_b_4_1_0 (40, 64,",
     "affine_quantize_float16_t_gs_32_b_4",
+    "shader gemv (4 bits",
+    "shader gemv_small (3 bits",
+    "shader gemm (4 bits",
+    "shader gemm (5 bits",
+    "shader gemv_n (6 bits",
+    "shader gemm_n (4 bits",
+    "shader dequantize (3 bits",
+    "shader embedding (4 bits",
+    "shader quantize (5 bits",
 )
 OPTIONS = {
     "--target-processes": ["application-only"],

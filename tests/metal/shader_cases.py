@@ -1,6 +1,7 @@
-"""The project's own kernels for products, as cases of on_cuda.py.
+"""The project's own kernels, as cases of on_cuda.py.
 
-Each is the small, ragged product that the host checks a kernel with on first use.
+Each is what the host checks a kernel with on first use: a small, ragged product, or a few
+rows of values.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from affine_tensor.kernels import metal_values_check
 from affine_tensor.kernels.metal import check, plans
 from affine_tensor.kernels.metal.plans import Choice, Product
-from affine_tensor.kernels.metal_library import Variant, source
+from affine_tensor.kernels.metal_library import TYPE_NAMES, Variant, source, variant
 
 PREFIX = "shader "
 
@@ -81,7 +83,41 @@ def run(product: Product, choice: Choice, kernels: Any) -> list[Tensor]:
     return [y]
 
 
+def values() -> Iterator[Variant]:
+    """Kernels that make or read values: every format, dtypes in turn."""
+    turns = itertools.cycle(itertools.product(DTYPES, DTYPES))
+    ids = itertools.cycle((torch.int32, torch.int64))
+    for bits, group_size in (*FORMATS, (4, 16)):
+        form = {"bits": bits, "group_size": group_size}
+        dtype, scale_dtype = next(turns)
+        types = {"X_TYPE": dtype, "SCALE_TYPE": scale_dtype, "ALIGNED": True}
+        yield variant("dequantize", **form, **types, PERMUTED=bits % 2)
+        yield variant("embedding", **form, **types, ID_TYPE=next(ids))
+        yield variant("quantize", **form, X_TYPE=dtype, X_VECTOR=True)
+
+
+def run_values(wanted: Variant, kernels: Any) -> list[Tensor]:
+    """Raises where a kernel's values are not the reference's, in any bit."""
+    made = getattr(kernels, wanted.family)
+    form = {"bits": wanted["BITS"], "group_size": wanted["GROUP_SIZE"]}
+    types = {name: dtype for dtype, name in TYPE_NAMES.items()}
+    dtype, scale_dtype = types[wanted["X_TYPE"]], types[wanted["SCALE_TYPE"]]
+    here = torch.zeros(1, dtype=dtype)
+    scales = torch.zeros(1, dtype=scale_dtype)
+    if wanted.family == "quantize":
+        wrong = metal_values_check.compare_quantize(made, form, here)
+    elif wanted.family == "dequantize":
+        like = (here, scales, scales, here if wanted["PERMUTED"] else None)
+        wrong = metal_values_check.compare_dequantize(made, form, dtype, like)
+    else:
+        like = (here, scales, scales, None)
+        id_dtype = types[wanted["ID_TYPE"]]
+        wrong = metal_values_check.compare_embedding(made, form, dtype, like, id_dtype)
+    assert wrong is None, wrong
+    return [torch.ones(1)]
+
+
 def sources() -> dict[str, str]:
     """The source of each variant, by the name of its library."""
-    variants = (plans.variant_of(*one) for one in products())
+    variants = (*(plans.variant_of(*one) for one in products()), *values())
     return {name_of(variant): source(variant) for variant in variants}
