@@ -7,8 +7,6 @@ For float32, sums in float32 cannot meet the first; `FLOAT_LIMITS` has what hold
 
 from __future__ import annotations
 
-from itertools import product
-
 import metal_emulator as emulator
 import pytest
 import torch
