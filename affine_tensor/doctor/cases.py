@@ -132,7 +132,7 @@ class Maker:
         if self.awkward:
             self.n, self.k = 37, 3 * max(32, format.group_size)
         else:
-            self.n, self.k = (264, 4096) if large else (64, 512)
+            self.n, self.k = (136, 2048) if large else (64, 512)
 
     def _normal(self, *shape: int) -> Tensor:
         values = torch.randn(*shape, generator=self.generator)
@@ -200,11 +200,12 @@ class Maker:
             named = {"indices": owners}
         transposed = op == "grouped_matmul"
         x = self._normal(rows, self.n if transposed else self.k)
-        made = [
-            products(x[i], dense[int(e)] if transposed else dense[int(e)].mT)
-            for i, e in enumerate(owners)
-        ]
-        exact, sizes, squares = (torch.stack(one) for one in zip(*made, strict=True))
+        dense = dense if transposed else dense.mT
+        sums = torch.empty(3, rows, dense.shape[-1], dtype=torch.float64)
+        for expert in range(EXPERTS):
+            own = owners == expert
+            sums[:, own] = torch.stack(products(x[own], dense[expert]))
+        exact, sizes, squares = sums
         args = (self._shifted(x), *parts, permutation)
         return Call(op, args, self.keywords, (exact,), sizes, squares, named)
 

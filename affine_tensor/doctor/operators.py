@@ -123,17 +123,14 @@ def check_operators(
 
 
 def _check(row: Row, call: Call, format: Format, kind: str, watch: Watch) -> None:
-    """Run it twice: the first call compiles and checks its kernel, the second counts."""
+    """Run it twice: the first call makes a plan, the second finds it."""
     row.cases += 1
     device = machine.tensor_device(kind)
     served = any(kind in own for own in ops._kernels.values())
     try:
         watch.clear()
-        first = call.run(device)
+        first, second = call.run(device), call.run(device)
         slow = watch.slow_path(kind) if served else None
-        watch.clear()
-        second = call.run(device)
-        slow = slow or (watch.slow_path(kind) if served else None)
         row.kernels.update(dict.fromkeys(watch.launches))
         for results in (first, second):
             worst, wrong = call.judge(results, rounds=not served)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,9 @@ from torch import Tensor
 from .. import ops
 from .. import tensor as tensor_module
 from ..kernels import metal, metal_library, metal_values, settings
+from ..kernels.metal_library import Kernel, Variant
+
+Check = Callable[[Variant, Kernel], "str | None"]
 
 
 class Watch(logging.Handler):
@@ -21,6 +24,7 @@ class Watch(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
+        self.checking = False  # a new kernel, which does not count as a launch
         self.clear()
 
     def clear(self) -> None:
@@ -59,7 +63,8 @@ class _Kernel:
         self._kernel, self._name, self._watch = kernel, name, watch
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._watch.launches.append(self._name)
+        if not self._watch.checking:
+            self._watch.launches.append(self._name)
         return self._kernel(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -78,11 +83,19 @@ def watched() -> Iterator[Watch]:
     """Within, kernels are compiled anew and watched, and one that is wrong raises."""
     watch = Watch()
     compile_shader, device_of = torch.mps.compile_shader, ops.device_of
+    checked = metal_library._checked
     before = settings.strict, settings.metal_backend
 
     @functools.wraps(compile_shader)
     def compile_and_watch(source: str) -> Any:
         return _Library(compile_shader(source), watch)
+
+    def check_unseen(wanted: Variant, check: Check) -> Kernel | None:
+        watch.checking = True
+        try:
+            return checked(wanted, check)
+        finally:
+            watch.checking = False
 
     # Every operator asks once where it runs.
     def count(tensor: Tensor) -> str:
@@ -91,6 +104,7 @@ def watched() -> Iterator[Watch]:
 
     forget()
     torch.mps.compile_shader, ops.device_of = compile_and_watch, count
+    metal_library._checked = check_unseen
     settings.strict, settings.metal_backend = True, "own"
     logger = logging.getLogger("affine_tensor")
     logger.addHandler(watch)
@@ -101,5 +115,6 @@ def watched() -> Iterator[Watch]:
         logger.removeHandler(watch)
         logger.propagate = propagate
         torch.mps.compile_shader, ops.device_of = compile_shader, device_of
+        metal_library._checked = checked
         settings.strict, settings.metal_backend = before
         forget()
