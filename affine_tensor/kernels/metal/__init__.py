@@ -17,7 +17,7 @@ from ... import ops
 from .. import settings
 from ..metal_library import Kernel, kernel
 from . import check, tuning
-from .operands import Operands, gather_operands
+from .operands import Operands, Parts, gather_operands
 from .plans import choose, grid, variant_of
 
 __all__ = ["grouped_linear", "grouped_matmul", "linear", "matmul", "reset"]
@@ -140,7 +140,7 @@ def linear(
             return linear(*operands.inputs, **form)
         plan = _keep(key, make_plan(operands))
     if plan.kernel is None:
-        return ops.reference("linear")(x, *parts, bias, **form)
+        return _reference_linear(x, parts, bias, form)
     y = x.new_empty(plan.out)
     plan.kernel(
         packed,
@@ -155,6 +155,18 @@ def linear(
         group_size=plan.group_size,
     )
     return y
+
+
+def _reference_linear(
+    x: Tensor, parts: Parts, bias: Tensor | None, form: dict[str, Any]
+) -> Tensor:
+    if bias is None or bias.dim() <= 2:
+        return ops.reference("linear")(x, *parts, bias, **form)
+    # Spread over the result, which `F.linear` does not take.
+    rows = ops.reference("linear")(
+        x.flatten(0, -2), *parts, bias.flatten(0, -2), **form
+    )
+    return rows.unflatten(0, x.shape[:-1])
 
 
 @ops.register_kernel("matmul", "mps")
