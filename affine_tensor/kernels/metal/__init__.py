@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from .. import settings
+from ...tensor import log_once
+from .. import hub, settings
 from ..metal_library import Kernel, kernel
 from . import check, tuning
 from .operands import Operands, Parts, gather_operands
@@ -127,8 +128,8 @@ def linear(
     """``x @ W.T + bias``; see `ops`."""
     form = {"bits": bits, "group_size": group_size, "dtype": dtype}
     parts = (packed, scales, biases, permutation)
-    if settings.metal_backend == "hub" and permutation is None:
-        y = _by_hub(x, packed, scales, biases, True, form)
+    if settings.metal_backend == "hub":
+        y = _by_hub("linear", x, parts, form)
         if y is not None:
             return y if bias is None else y + bias
     own = None if bias is None else (bias.shape, bias.stride(), bias.dtype)
@@ -184,8 +185,8 @@ def matmul(
     """``x @ W``; see `ops`."""
     form = {"bits": bits, "group_size": group_size, "dtype": dtype}
     parts = (packed, scales, biases, permutation)
-    if settings.metal_backend == "hub" and permutation is None:
-        y = _by_hub(x, packed, scales, biases, False, form)
+    if settings.metal_backend == "hub":
+        y = _by_hub("matmul", x, parts, form)
         if y is not None:
             return y
     key = (*_key("matmul", x, *parts), bits, group_size, dtype)
@@ -212,26 +213,25 @@ def matmul(
     return y
 
 
-def _by_hub(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    biases: Tensor,
-    transpose: bool,
-    form: dict[str, Any],
-) -> Tensor | None:
-    from .. import hub
-
-    if not x.dtype == scales.dtype == form["dtype"]:
+def _by_hub(op: str, x: Tensor, parts: Parts, form: dict[str, Any]) -> Tensor | None:
+    """The product by the Hub's kernels, or None; the log says why, once."""
+    *weight, permutation = parts
+    if permutation is not None or op not in ("linear", "matmul"):
+        log_once(
+            f"hub {op} {permutation is None}",
+            "%s by our own kernels: those of the Hub know neither experts nor permuted "
+            "columns here",
+            op,
+        )
         return None
+    if x.dtype != form["dtype"]:
+        return None  # refused, by the message of our own
     return hub.quantized_matmul(
         x,
-        packed,
-        scales,
-        biases,
+        *weight,
         bits=form["bits"],
         group_size=form["group_size"],
-        transpose=transpose,
+        transpose=op == "linear",
     )
 
 
@@ -269,6 +269,8 @@ def _grouped(
 ) -> Tensor:
     form: dict[str, Any] = {"bits": bits, "group_size": group_size, "dtype": dtype}
     parts = (packed, scales, biases, permutation)
+    if settings.metal_backend == "hub":
+        _by_hub(op, x, parts, form)
     groups = (offsets, indices)
     kind = tuple(None if t is None else (t.shape, t.stride(), t.dtype) for t in groups)
     key = (*_key(op, x, *parts), kind, bits, group_size, dtype)
