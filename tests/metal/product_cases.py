@@ -44,7 +44,7 @@ LIMITS: dict[str, tuple[tuple[tuple[str, int], ...], ...]] = {
         (),
         (("simdgroups", 1),),
         (("small", 1), ("simdgroups", 1)),
-        (("small", 1), ("skinny", 8)),
+        (("small", 1), ("skinny", 8), ("simdgroups", 1)),
     ),
     "matmul": ((), (("simdgroups", 1),), (("vectors", 1),)),
     "grouped": (
@@ -66,7 +66,7 @@ X_LAYOUTS = {
     "grouped": ("plain", "offset3", "wide", "wide odd", "every other", "transposed"),
 }
 COLUMNS = {
-    "linear": (1, 3, 7, 8, 9, 31, 33, 64, 100),
+    "linear": (1, 3, 7, 8, 9, 31, 33, 64, 100, 300),
     "matmul": (1, 7, 9, 33, 64, 100, 200),
     "grouped": (1, 7, 8, 33, 64),
 }
@@ -128,10 +128,14 @@ def _gemv(split: int, **other: Any) -> Case:
 
 def _gemm(rows: int, wide: int, split: int, **other: Any) -> Case:
     """Tiles of `rows` times 8 rows of x, with four simdgroups: `split` share outputs."""
-    limits = {"small": 1, "skinny": 8 if wide == 2 else 64, "simdgroups": 1}
-    n = 130 if wide == 2 else {1: 70, 2: 40, 4: 9}[split]
-    base = Case(m=8 * rows - 3, n=n, limits=tuple(limits.items()), **other)
+    limits = (("small", 1), ("skinny", 64), ("simdgroups", 1))
+    n = _WIDTHS[wide, split]
+    base = Case(m=8 * rows - 3, n=n, limits=limits, **other)
     return replace(base, k=_ragged(base, 128 * split))
+
+
+# Outputs that lead to N_TILES and SPLIT, with ten simdgroups wanted.
+_WIDTHS = {(1, 1): 70, (1, 2): 40, (1, 4): 9, (2, 1): 130, (4, 1): 260}
 
 
 def _gemm_n(rows: int, split: int, **other: Any) -> Case:
@@ -142,8 +146,8 @@ def _gemm_n(rows: int, split: int, **other: Any) -> Case:
     return replace(base, k=_ragged(base, 704 if split == 1 else 100))
 
 
-def _grouped(op: str, tiles: bool, rows: str, **other: Any) -> Case:
-    limits = (("rows_per_expert", 1 if tiles else 64),)
+def _grouped(op: str, tiles: bool, rows: str, cores: int = 24, **other: Any) -> Case:
+    limits = (("rows_per_expert", 1 if tiles else 64), ("simdgroups", cores))
     other = {"experts": 3, "m": 20 if tiles else 6, "n": 9, **other}
     base = Case(op=op, rows=rows, limits=limits, **other)
     return replace(base, k=_ragged(base, 200))
@@ -172,10 +176,10 @@ def tile_shapes(full: bool = False) -> list[Case]:
         add(_gemv, split=split, m=m)
     for m in (1, 2, 3, 4):
         add(_gemv, split=1, op="matmul", m=m)
-    tiles = [(rows, 1, split) for rows in range(1, 9) for split in (1, 2, 4)]
-    tiles += [(rows, 2, 1) for rows in range(2, 9)]
-    some = [(1, 1, 4), (2, 2, 1), (3, 1, 2), (4, 2, 1), (5, 1, 1), (6, 1, 2)]
-    some += [(7, 2, 1), (8, 1, 2), (8, 2, 1), (2, 1, 4)]
+    tiles = [(rows, *sizes) for rows in range(1, 9) for sizes in _WIDTHS]
+    tiles = [(rows, wide, split) for rows, wide, split in tiles if rows * wide <= 16]
+    some = [(1, 1, 4), (1, 4, 1), (2, 2, 1), (3, 1, 2), (3, 4, 1), (4, 2, 1)]
+    some += [(5, 1, 1), (6, 1, 2), (7, 2, 1), (8, 1, 2), (8, 2, 1), (2, 1, 4)]
     for rows, wide, split in tiles if full else some:
         add(_gemm, rows=rows, wide=wide, split=split)
     for rows, split in ((1, 1), (2, 1), (4, 1), (1, 4), (2, 4)):
@@ -186,6 +190,8 @@ def tile_shapes(full: bool = False) -> list[Case]:
         for by in ("ends int64", "indices int32"):
             add(_grouped, op=op, tiles=False, rows=by)
     add(_grouped, op="grouped_linear", tiles=True, rows="ends int32", experts=40, m=60)
+    for n, by in ((130, "ends int64"), (260, "indices int32")):
+        add(_grouped, op="grouped_linear", tiles=True, rows=by, n=n, m=50, cores=1)
     return [_formed(maker, values, i) for i, (maker, values) in enumerate(makers)]
 
 

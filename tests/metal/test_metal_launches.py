@@ -351,6 +351,22 @@ def test_kernels_that_cannot_be_used(
     assert list(metal_library.compiled().values()) == [False]
 
 
+@pytest.mark.parametrize(
+    ("x", "bias"), [("3d", "matrix"), ("3d", "3d"), ("4d", "row"), ("plain", "column")]
+)
+def test_biases_without_a_kernel(
+    x: str, bias: str, emulated_metal: EmulatedMetal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference takes what the kernels take."""
+    emulated_metal.forget()
+    monkeypatch.setattr(torch.mps, "compile_shader", refuses)
+    monkeypatch.setattr(settings, "strict", False)
+    inputs = make(Case(m=6, n=9, k=64, type="float", x=x, bias=bias))
+    y, kernel = launch(inputs)
+    assert not kernel
+    torch.testing.assert_close(y, inputs.exact.float(), rtol=1e-5, atol=1e-4)
+
+
 # ---- what Apple's compiler refuses ----------------------------------------------
 
 

@@ -7,6 +7,8 @@ For float32, sums in float32 cannot meet the first; `FLOAT_LIMITS` has what hold
 
 from __future__ import annotations
 
+from itertools import product
+
 import metal_emulator as emulator
 import pytest
 import torch
@@ -31,9 +33,12 @@ N = (1, 3, 7, 8, 9, 31, 33, 64, 100)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    full = metafunc.config.getoption("--full")
     if "tile_shape" in metafunc.fixturenames:
-        full = metafunc.config.getoption("--full")
         metafunc.parametrize("tile_shape", tile_shapes(full), ids=str)
+    if "kernel" in metafunc.fixturenames:
+        everything = list(product(KERNELS, BITS, GROUPS)) if full else []
+        metafunc.parametrize(("kernel", "bits", "group"), everything)
 
 
 def check(case: Case, device: EmulatedMetal) -> Tensor:
@@ -149,18 +154,7 @@ def test_through_the_tensor(emulated_metal: EmulatedMetal) -> None:
     assert names == {"gemv_small", "gemm_n"}
 
 
-@pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_all(
-    kernel: str,
-    bits: int,
-    group: int,
-    emulated_metal: EmulatedMetal,
-    request: pytest.FixtureRequest,
-) -> None:
+def test_all(kernel: str, bits: int, group: int, emulated_metal: EmulatedMetal) -> None:
     """All formats, dtypes and kernels, with --full."""
-    if not request.config.getoption("--full"):
-        pytest.skip("only with --full")
     for case in all_of(kernel, bits, group):
         check(case, emulated_metal)
