@@ -7,6 +7,7 @@ For float32, sums in float32 cannot meet the first; `FLOAT_LIMITS` has what hold
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
 
 import metal_emulator as emulator
@@ -23,7 +24,7 @@ from product_cases import (
     sample,
     tile_shapes,
 )
-from products import Case, complaint, complaint_of_any_schedule, launch, make
+from products import LARGEST, Case, complaint, complaint_of_any_schedule, launch, make
 from torch import Tensor
 
 from affine_tensor import AffineQuantizedTensor
@@ -39,6 +40,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "kernel" in metafunc.fixturenames:
         everything = list(product(KERNELS, BITS, GROUPS)) if full else []
         metafunc.parametrize(("kernel", "bits", "group"), everything)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def largest(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With --full, the largest errors are printed at the end."""
+    yield
+    if request.config.getoption("--full"):
+        write = request.config.pluginmanager.get_plugin("terminalreporter").write_line
+        write("\n| kernel | dtype | products | L2 ratio | of the bound | drift |")
+        write("|---|---|---|---|---|---|")
+        for (kernel, name), (count, most) in sorted(LARGEST.items()):
+            numbers = f"{most.ratio:.6f} | {most.worst:.3f} | {most.drift:.2f}"
+            write(f"| {kernel} | {name} | {count} | {numbers} |")
 
 
 def check(case: Case, device: EmulatedMetal) -> Tensor:
