@@ -13,6 +13,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from conftest import wrapped
 from expecttest import assert_expected_inline
 
 from affine_tensor.kernels import machine
@@ -52,14 +53,18 @@ def test_tables(tmp_path: Path) -> None:
     text = markdown.read_text()
     assert text in done.stdout
     text = re.sub(r"torch \d.*", "torch ...", re.sub(r"mlx \d.*", "mlx ...", text))
-    assert_expected_inline(re.sub(r"\d+\.\d+", "0.0", text), """\
+    assert_expected_inline(
+        wrapped(re.sub(r"\d+\.\d+", "0.0", text)),
+        """\
 EMULATED on a CPU: nothing here ran on a GPU, times mean nothing
 Products with packed weights, 4 bits, group 64, bfloat16.
-- ours: emulated, 10 cores, Limits(small=8, skinny=48, vectors=4, rows_per_expert=2, simdgroups=24); torch ...
+- ours: emulated, 10 cores, Limits(small=8, skinny=48, vectors=4,
+  rows_per_expert=2, simdgroups=24); torch ...
 - mlx ...
 - the Hub kernel is not available here; the log says why
 
-| weight | rows | our kernel, from here on | ours ms | ours GB/s | mlx ms | mlx GB/s | mlx / ours |
+| weight | rows | our kernel, from here on | ours ms | ours GB/s | mlx ms |
+  mlx GB/s | mlx / ours |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 | 64 x 256 | 1 | gemv | 0.0 | 0.0 | 0.0 | 0.0 | 0.0 |
 |  | 2 | gemv_small | 0.0 | 0.0 | 0.0 | 0.0 | 0.0 |
@@ -71,8 +76,8 @@ Products with packed weights, 4 bits, group 64, bfloat16.
 | decoding, a small random Llama | tokens/s |
 | --- | ---: |
 | ours, transformers' generate | 0.0 |
-| mlx-lm | 0.0 |
-""")
+| mlx-lm | 0.0 |""",
+    )
     products = json.loads(figures.read_text())["products"]
     # 64 x 256 at 4 bits with two bfloat16 numbers to each 64.
     assert products[0]["bytes"] == 64 * 256 // 2 + 64 * 4 * 2 * 2
