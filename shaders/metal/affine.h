@@ -138,7 +138,7 @@ inline float bias_at(const device X* bias, constant Shape& shape, long m, long n
 //
 // A simdgroup takes some rows of W, a lane 32 neighbouring codes of each at a time. The
 // scales of 32 groups are loaded at once, one by each lane, and shared: each is read once.
-// 32 groups are STEPS times 32 lanes times 32 codes.
+// 32 groups are STEPS times 32 lanes times 32 codes; of 16, there are 64 groups.
 
 constant constexpr int STEPS = GROUP_SIZE < 32 ? 1 : GROUP_SIZE / 32;
 
@@ -184,17 +184,21 @@ inline bool is_half(constant Shape& shape, int run) {
     return HALVES == 2 && run * 32 + 16 == int(shape.k);
 }
 
-// Scales [ROWS][HALVES] of the groups from `group` on. WHOLE: all rows exist.
+// Scales [ROWS][HALVES]: of the groups from run `block` on, up to run `end`, each lane takes
+// every 32nd, so that no sector is loaded twice. WHOLE: all rows exist.
 template <int ROWS, bool WHOLE>
-inline void load_scales(Rows rows, constant Shape& shape, int group, thread float2* own) {
-    const int groups = int(shape.k) / GROUP_SIZE;
+inline void load_scales(
+    Rows rows, constant Shape& shape, int block, int end, int lane, thread float2* own) {
+    const int first = block * 32 / GROUP_SIZE + lane;
+    const int groups = min(int(shape.k), end * 32) / GROUP_SIZE;
 #pragma clang loop unroll(full)
     for (int r = 0; r < ROWS; ++r) {
 #pragma clang loop unroll(full)
         for (int h = 0; h < HALVES; ++h) {
+            const int group = first + 32 * h;
             own[r * HALVES + h] = float2(0.0f);
-            if (group + h < groups && (WHOLE || r < rows.count)) {
-                const long at = long(r) * shape.scales_row + group + h;
+            if (group < groups && (WHOLE || r < rows.count)) {
+                const long at = long(r) * shape.scales_row + group;
                 own[r * HALVES + h] =
                     float2(float(rows.scales[at]), float(rows.biases[at]));
             }
@@ -202,12 +206,21 @@ inline void load_scales(Rows rows, constant Shape& shape, int group, thread floa
     }
 }
 
-// What this lane needs of the scales that others loaded. All lanes must come here.
+// What this lane needs in a step of the scales that others loaded. All lanes must come here.
 template <int ROWS>
-inline void share_scales(const thread float2* own, int from, thread float2* scales) {
+inline void share_scales(const thread float2* own, int step, int lane, thread float2* scales) {
 #pragma clang loop unroll(full)
     for (int i = 0; i < ROWS * HALVES; ++i) {
-        scales[i] = STEPS > 1 ? simd_shuffle(own[i], ushort(from)) : own[i];
+        if constexpr (HALVES == 2) {
+            const ushort from = ushort((2 * lane + i % 2) % 32);
+            const float2 low = simd_shuffle(own[i / 2 * 2], from);
+            const float2 high = simd_shuffle(own[i / 2 * 2 + 1], from);
+            scales[i] = lane < 16 ? low : high;
+        } else if constexpr (STEPS > 1) {
+            scales[i] = simd_shuffle(own[i], ushort((32 * step + lane) / STEPS));
+        } else {
+            scales[i] = own[i];
+        }
     }
 }
 

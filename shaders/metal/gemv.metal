@@ -80,11 +80,10 @@ inline void accumulate(
     thread float* totals) {
     for (int block = runs.x; block < runs.y; block += 32 * STEPS) {
         float2 own[ROWS * HALVES];
-        const int group = block * 32 / GROUP_SIZE + lane * HALVES;
-        load_scales<ROWS, WHOLE>(rows, shape, group, own);
+        load_scales<ROWS, WHOLE>(rows, shape, block, runs.y, lane, own);
         for (int step = 0; step < STEPS && block + 32 * step < runs.y; ++step) {
             float2 scales[ROWS * HALVES];
-            share_scales<ROWS>(own, (32 * step + lane) / STEPS, scales);
+            share_scales<ROWS>(own, step, lane, scales);
             const int run = block + 32 * step + lane;
             if (run < runs.y) {
                 uint words[ROWS * BITS];
