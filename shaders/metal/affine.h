@@ -5,7 +5,7 @@
 //   X_TYPE            of inputs, results and the linear bias
 //   SCALE_TYPE        of scales and biases
 //   ALIGNED           1 if every packed row begins at a multiple of 16 bytes
-//   X_VECTOR          1 if x has unit stride and rows that begin at a multiple of 4 elements
+//   X_VECTOR          1 if x has unit stride and rows that begin at a multiple of 16 bytes
 //   PERMUTED          1 if stored column k belongs to input channel permutation[k]
 //   BIASED            1 if a linear bias is added to the product
 //   EXPERTS           0: one matrix; otherwise there is one for each expert, and
@@ -89,13 +89,8 @@ inline uint code_at(const thread uint* words, int k) {
     return bits & MASK;
 }
 
-// Code k left where it lies in its word: its value times 2^place_of(k). Dividing x by that
-// power once serves all rows, and saves each code a shift.
-inline int place_of(int k) {
-    const int shift = k * BITS % 32;
-    return shift + BITS > 32 ? 0 : shift % 16;
-}
-
+// Code k left where it lies in its word: its value times 2^place. Masks alone take it out,
+// and a scale divided by that power, once for many codes, gives the same weight.
 inline float placed_code(const thread uint* words, int k) {
     const int shift = k * BITS % 32;
     if (shift + BITS > 32) {
@@ -108,6 +103,12 @@ inline float placed_code(const thread uint* words, int k) {
     return float((word >> 16) & (MASK << (shift - 16)));
 }
 
+inline float unplaced(float scale, int k) {
+    const int shift = k * BITS % 32;
+    const int place = shift + BITS > 32 ? 0 : shift % 16;
+    return scale * (1.0f / float(1 << place));
+}
+
 // ---- x --------------------------------------------------------------------------
 
 // Where the channel of stored column k lies in a row of x.
@@ -115,18 +116,45 @@ inline long column_of(const device int* permutation, constant Shape& shape, int 
     return (PERMUTED ? long(permutation[k]) : long(k)) * shape.x_column;
 }
 
-// Four channels of a row of x, from stored column k on.
-inline float4 load_x4(
-    const device X* row, const device int* permutation, constant Shape& shape, int k) {
-    if constexpr (X_VECTOR && !PERMUTED) {
-        const vec<X, 4> four = *(const device vec<X, 4>*)(row + k);
-        return float4(float(four.x), float(four.y), float(four.z), float(four.w));
+// Two 16-bit numbers in one word.
+inline void load_pair(uint word, thread float* values) {
+    if constexpr (is_same<X, half>::value) {
+        const half2 two = as_type<half2>(word);
+        values[0] = float(two.x);
+        values[1] = float(two.y);
     } else {
-        return float4(
-            float(row[column_of(permutation, shape, k)]),
-            float(row[column_of(permutation, shape, k + 1)]),
-            float(row[column_of(permutation, shape, k + 2)]),
-            float(row[column_of(permutation, shape, k + 3)]));
+        values[0] = as_type<float>(word << 16);
+        values[1] = as_type<float>(word & 0xffff0000u);
+    }
+}
+
+// Eight channels of a row of x, from stored column k on.
+inline void load_x8(
+    const device X* row,
+    const device int* permutation,
+    constant Shape& shape,
+    int k,
+    thread float* values) {
+    if constexpr (X_VECTOR && !PERMUTED && sizeof(X) == 2) {
+        const uint4 words = *(const device uint4*)(row + k);
+        load_pair(words.x, values);
+        load_pair(words.y, values + 2);
+        load_pair(words.z, values + 4);
+        load_pair(words.w, values + 6);
+    } else if constexpr (X_VECTOR && !PERMUTED) {
+#pragma clang loop unroll(full)
+        for (int i = 0; i < 8; i += 4) {
+            const vec<X, 4> four = *(const device vec<X, 4>*)(row + k + i);
+            values[i] = float(four.x);
+            values[i + 1] = float(four.y);
+            values[i + 2] = float(four.z);
+            values[i + 3] = float(four.w);
+        }
+    } else {
+#pragma clang loop unroll(full)
+        for (int i = 0; i < 8; ++i) {
+            values[i] = float(row[column_of(permutation, shape, k + i)]);
+        }
     }
 }
 

@@ -1,10 +1,10 @@
 // y = W x + bias for one row of x, or for each row with an expert of its own.
 //
 // A simdgroup makes ROWS outputs: x is loaded once for all of them. A lane takes 32 codes
-// at a time, neighbours in a row of W, so a simdgroup reads 1024. x is divided by the place
-// of its code beforehand; codes are then masked, not shifted, and a run of them costs one
-//     scale * sum(x * code) + bias * sum(x).
-// In float that sum of two large terms would show, so there each weight is made first.
+// at a time, neighbours in a row of W, so a simdgroup reads 1024. Codes are masked, not
+// shifted: scales are divided by the places of codes instead, once for a run. Each weight
+// is made before it is multiplied; scale * sum(x * code) + bias * sum(x) would be one
+// operation less, and wrong where those two large numbers cancel.
 // SPLIT simdgroups share the outputs and take a part of K each.
 //
 // grid: (1, ceil(N / (ROWS * GROUPS)), M) threadgroups of (32, SPLIT * GROUPS) threads
@@ -13,59 +13,36 @@
 
 constant constexpr int ROWS = 4;
 
-constant constexpr bool PLACED = !is_same<X, float>::value;
-
-inline float factor_of(int i) {
-    return PLACED ? 1.0f / float(1 << place_of(i)) : 1.0f;
-}
-
-// x, divided by the places of its codes, and its sums.
 inline void load_x(
     const device X* x,
     const device int* permutation,
     constant Shape& shape,
     int run,
-    thread float* values,
-    thread float* sums) {
+    thread float* values) {
     const bool half_run = is_half(shape, run);
 #pragma clang loop unroll(full)
-    for (int h = 0; h < HALVES; ++h) {
-        sums[h] = 0.0f;
-    }
+    for (int i = 0; i < 32; i += 8) {
+        if (half_run && i >= 16) {
 #pragma clang loop unroll(full)
-    for (int i = 0; i < 32; i += 4) {
-        float4 four = float4(0.0f);
-        if (!(half_run && i >= 16)) {
-            four = load_x4(x, permutation, shape, run * 32 + i);
+            for (int j = 0; j < 8; ++j) {
+                values[i + j] = 0.0f;
+            }
+        } else {
+            load_x8(x, permutation, shape, run * 32 + i, values + i);
         }
-        sums[i * HALVES / 32] += (four.x + four.y) + (four.z + four.w);
-        values[i] = four.x * factor_of(i);
-        values[i + 1] = four.y * factor_of(i + 1);
-        values[i + 2] = four.z * factor_of(i + 2);
-        values[i + 3] = four.w * factor_of(i + 3);
     }
 }
 
 inline float dot_run(
-    const thread uint* words,
-    const thread float* values,
-    const thread float* sums,
-    const thread float2* scale) {
-    float total = 0.0f;
+    const thread uint* words, const thread float* values, const thread float2* scales) {
+    float sum = 0.0f;
 #pragma clang loop unroll(full)
-    for (int h = 0; h < HALVES; ++h) {
-        float sum = 0.0f;
-#pragma clang loop unroll(full)
-        for (int i = h * 32 / HALVES; i < (h + 1) * 32 / HALVES; ++i) {
-            if constexpr (PLACED) {
-                sum += values[i] * placed_code(words, i);
-            } else {
-                sum += values[i] * fma(float(code_at(words, i)), scale[h].x, scale[h].y);
-            }
-        }
-        total += PLACED ? scale[h].x * sum + scale[h].y * sums[h] : sum;
+    for (int i = 0; i < 32; ++i) {
+        const float2 pair = scales[i * HALVES / 32];
+        const float weight = fma(placed_code(words, i), unplaced(pair.x, i), pair.y);
+        sum = fma(values[i], weight, sum);
     }
-    return total;
+    return sum;
 }
 
 // Adds the products of the runs of x with the rows. WHOLE: all rows exist.
@@ -89,13 +66,12 @@ inline void accumulate(
                 uint words[ROWS * BITS];
                 load_runs<ROWS, WHOLE>(rows, shape, run, words);
                 float values[32];
-                float sums[HALVES];
-                load_x(x, permutation, shape, run, values, sums);
+                load_x(x, permutation, shape, run, values);
 #pragma clang loop unroll(full)
                 for (int r = 0; r < ROWS; ++r) {
                     if (WHOLE || r < rows.count) {
-                        totals[r] += dot_run(
-                            words + r * BITS, values, sums, scales + r * HALVES);
+                        totals[r] +=
+                            dot_run(words + r * BITS, values, scales + r * HALVES);
                     }
                 }
             }

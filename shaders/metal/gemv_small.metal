@@ -22,32 +22,33 @@ inline void multiply_run(
     thread float* totals) {
     const bool half_run = is_half(shape, run);
 #pragma clang loop unroll(full)
-    for (int i = 0; i < 32; i += 4) {
+    for (int i = 0; i < 32; i += 8) {
         if (half_run && i >= 16) {
             continue;
         }
-        float4 weights[ROWS];
+        float weights[ROWS * 8];
 #pragma clang loop unroll(full)
         for (int r = 0; r < ROWS; ++r) {
             const float2 pair = scales[r * HALVES + i * HALVES / 32];
-            const thread uint* row = words + r * BITS;
-            weights[r] = float4(
-                fma(float(code_at(row, i)), pair.x, pair.y),
-                fma(float(code_at(row, i + 1)), pair.x, pair.y),
-                fma(float(code_at(row, i + 2)), pair.x, pair.y),
-                fma(float(code_at(row, i + 3)), pair.x, pair.y));
+#pragma clang loop unroll(full)
+            for (int j = 0; j < 8; ++j) {
+                const float code = placed_code(words + r * BITS, i + j);
+                weights[r * 8 + j] = fma(code, unplaced(pair.x, i + j), pair.y);
+            }
         }
 #pragma clang loop unroll(full)
         for (int v = 0; v < VECTORS; ++v) {
+            float values[8];
             const device X* row = x + v * shape.x_row;
-            const float4 four = load_x4(row, permutation, shape, run * 32 + i);
+            load_x8(row, permutation, shape, run * 32 + i, values);
 #pragma clang loop unroll(full)
             for (int r = 0; r < ROWS; ++r) {
                 float sum = totals[r * VECTORS + v];
-                sum = fma(four.x, weights[r].x, sum);
-                sum = fma(four.y, weights[r].y, sum);
-                sum = fma(four.z, weights[r].z, sum);
-                totals[r * VECTORS + v] = fma(four.w, weights[r].w, sum);
+#pragma clang loop unroll(full)
+                for (int j = 0; j < 8; ++j) {
+                    sum = fma(values[j], weights[r * 8 + j], sum);
+                }
+                totals[r * VECTORS + v] = sum;
             }
         }
     }
