@@ -396,7 +396,15 @@ def _linear_fast(input: Any, weight: Any, bias: Any = None) -> Tensor | None:
     ):
         return None
     run = _linear_op
-    if not (_dispatch_modes() or _is_autocast_on() or _is_profiling() or _jit_trace()):
+    if not (
+        _dispatch_modes()
+        or _is_autocast_on()
+        or _is_profiling()
+        or _jit_trace()
+        # The sign that torch keeps aside is laid on by the operator's fallback.
+        or input.is_neg()
+        or (bias is not None and bias.is_neg())
+    ):
         run = ops.kernel("linear", input) or run
     return run(
         input,

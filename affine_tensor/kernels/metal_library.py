@@ -90,7 +90,11 @@ def source(variant: Variant) -> str:
     """The whole source of a variant: definitions, the shared header, the kernel."""
     lines = [f"#define {name} {value}" for name, value in variant.defines]
     body = _text(f"{variant.family}.metal")
-    return "\n".join([*lines, body.replace(f'#include "{_HEADER}"', _text(_HEADER))])
+    # Before the definitions, whose names Apple's headers may use.
+    includes = ["#include <metal_stdlib>", "#include <metal_simdgroup_matrix>"]
+    return "\n".join(
+        [*includes, *lines, body.replace(f'#include "{_HEADER}"', _text(_HEADER))]
+    )
 
 
 # One compiles at a time, and nobody sees a kernel before it has been checked.
@@ -106,14 +110,15 @@ def kernel(
     On first use `check` compares it with the reference and says what is wrong, if
     anything. With ``settings.strict`` a kernel that cannot be used raises KernelError.
     """
-    try:
-        return _kernels[wanted]
-    except KeyError:
-        pass
-    with _lock:
-        if wanted not in _kernels:
-            _kernels[wanted] = _checked(wanted, check)
-        return _kernels[wanted]
+    made = _kernels.get(wanted)
+    if made is None:
+        with _lock:
+            # Of one that failed the message is wanted again where that is to raise.
+            if wanted not in _kernels or (settings.strict and not _kernels[wanted]):
+                _kernels[wanted] = None
+                _kernels[wanted] = _checked(wanted, check)
+            made = _kernels[wanted]
+    return made
 
 
 def _checked(
@@ -123,7 +128,8 @@ def _checked(
         library = torch.mps.compile_shader(source(wanted))
         # Looked up once: each look-up makes a new object.
         made = getattr(library, wanted.family)
-        with torch.device("cpu"):  # where checks make their inputs, whatever the default
+        # Where checks make their inputs, whatever the default is.
+        with torch.device("cpu"):
             wrong = check(wanted, made)
     except (SyntaxError, RuntimeError, ValueError) as error:
         made, wrong = None, f"{type(error).__name__}: {error}"

@@ -43,19 +43,23 @@ inline void stage(
     Tile tile,
     int k0,
     uint thread_index) {
-    for (int i = thread_index; i < BM * BK / 4; i += 128) {
-        const int k = i % (BK / 4) * 4;
-        const int m = i / (BK / 4);
-        float4 four = float4(0.0f);
+    for (int i = thread_index; i < BM * BK / 8; i += 128) {
+        const int k = i % (BK / 8) * 8;
+        const int m = i / (BK / 8);
+        float values[8];
+#pragma clang loop unroll(full)
+        for (int j = 0; j < 8; ++j) {
+            values[j] = 0.0f;
+        }
         if (tile.first + m < tile.end && k0 + k < int(shape.k)) {
             const long row = GATHERED ? long(order[tile.first + m]) : tile.first + m;
-            four = load_x4(x + row * shape.x_row, permutation, shape, k0 + k);
+            load_x8(x + row * shape.x_row, permutation, shape, k0 + k, values);
         }
         threadgroup X* block = staged + k / 64 * 64 * LD + m;
-        block[place_of_column(k % 64) * LD] = X(four.x);
-        block[place_of_column(k % 64 + 1) * LD] = X(four.y);
-        block[place_of_column(k % 64 + 2) * LD] = X(four.z);
-        block[place_of_column(k % 64 + 3) * LD] = X(four.w);
+#pragma clang loop unroll(full)
+        for (int j = 0; j < 8; ++j) {
+            block[place_of_column(k % 64 + j) * LD] = X(values[j]);
+        }
     }
 }
 
@@ -78,8 +82,9 @@ inline void stage(
     // x while summing up, then the sums of the other simdgroups.
     constexpr int STAGED = BK * LD * int(sizeof(X)) / 4;
     constexpr int SUMS = SPLIT > 1 ? 4 * 64 * N_TILES * M_TILES : 0;
-    threadgroup float memory[STAGED > SUMS ? STAGED : SUMS];
-    threadgroup X* staged = (threadgroup X*)memory;
+    threadgroup float4 aligned[((STAGED > SUMS ? STAGED : SUMS) + 3) / 4];
+    threadgroup float* memory = (threadgroup float*)aligned;
+    threadgroup X* staged = (threadgroup X*)aligned;
 #if EXPERTS
     const Tile tile = tile_at(ends, shape, position.y, BM, lane);
     if (tile.first == tile.end) {

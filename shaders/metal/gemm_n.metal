@@ -63,8 +63,9 @@ inline void stage(
     // x while summing up, then the sums of the other simdgroups.
     constexpr int STAGED = BM * LD * int(sizeof(X)) / 4;
     constexpr int SUMS = SPLIT > 1 ? 4 * 64 * 8 * M_TILES : 0;
-    threadgroup float memory[STAGED > SUMS ? STAGED : SUMS];
-    threadgroup X* staged = (threadgroup X*)memory;
+    threadgroup float4 aligned[((STAGED > SUMS ? STAGED : SUMS) + 3) / 4];
+    threadgroup float* memory = (threadgroup float*)aligned;
+    threadgroup X* staged = (threadgroup X*)aligned;
 #if EXPERTS
     const Tile tile = tile_at(ends, shape, position.y, BM, lane);
     if (tile.first == tile.end) {

@@ -18,7 +18,7 @@ from ...tensor import log_once
 from .. import hub, settings
 from ..metal_library import Kernel, kernel
 from . import check, tuning
-from .operands import Operands, Parts, gather_operands
+from .operands import Operands, Parts, check_bias, gather_operands, tidied
 from .plans import choose, grid, variant_of
 
 __all__ = ["grouped_linear", "grouped_matmul", "linear", "matmul", "reset"]
@@ -37,6 +37,8 @@ class Plan:
 
 
 _REFERENCE = Plan(None)
+# Operands must be copied first, on each call.
+_UNTIDY = Plan(None)
 
 # As many as a server with prompts of all lengths may need, some MB.
 _MOST_PLANS = 1 << 14
@@ -65,15 +67,21 @@ def _key(
         x.shape,
         x.stride(),
         x.dtype,
-        x.storage_offset() % 4,
+        x.storage_offset() % 8,
         packed.shape,
         packed.stride(),
         packed.storage_offset() % 4,
         scales.dtype,
+        scales.shape,
         scales.stride(),
+        biases.dtype,
+        biases.shape,
         biases.stride(),
-        None if permutation is None else permutation.stride(),
+        None
+        if permutation is None
+        else (permutation.dtype, permutation.shape, permutation.stride()),
         settings.batch_invariant,
+        settings.strict,
     )
 
 
@@ -84,10 +92,15 @@ def _keep(key: Any, plan: Plan) -> Plan:
     return plan
 
 
-def make_plan(operands: Operands) -> Plan:
+def make_plan(operands: Operands, device: torch.device) -> Plan:
     """Choose, compile and check the kernel for a product."""
+    if operands.untidy:
+        return _UNTIDY
     product = operands.product
-    if 0 in (product.m, product.n, product.k) or not operands.served:
+    empty = 0 in (product.m, product.n, product.k) or (
+        product.grouping and not product.experts
+    )
+    if empty or not operands.served:
         return _REFERENCE
     choice = choose(
         product, tuning.limits(), tuning.chip().cores, settings.batch_invariant
@@ -97,7 +110,6 @@ def make_plan(operands: Operands) -> Plan:
         product = replace(product, grouping=2, gathered=product.grouping == 1)
         if product.gathered:  # ends are then made here
             product = replace(product, expert_type=torch.int64)
-    device = operands.x.device
 
     def compare(_: object, made: Kernel) -> str | None:
         return check.compare(product, choice, made, device)
@@ -131,15 +143,16 @@ def linear(
     if settings.metal_backend == "hub":
         y = _by_hub("linear", x, parts, form)
         if y is not None:
+            check_bias(bias, x, packed.shape[-2])
             return y if bias is None else y + bias
     own = None if bias is None else (bias.shape, bias.stride(), bias.dtype)
     key = (*_key("linear", x, *parts), own, bits, group_size, dtype)
     plan = _plans.get(key)
     if plan is None:
         operands = gather_operands("linear", x, parts, form, bias=bias)
-        if operands.copied:
-            return linear(*operands.inputs, **form)
-        plan = _keep(key, make_plan(operands))
+        plan = _keep(key, make_plan(operands, x.device))
+    if plan is _UNTIDY:
+        return linear(*tidied(x, parts, bias, (None, None))[:6], **form)
     if plan.kernel is None:
         return _reference_linear(x, parts, bias, form)
     y = x.new_empty(plan.out)
@@ -193,9 +206,9 @@ def matmul(
     plan = _plans.get(key)
     if plan is None:
         operands = gather_operands("matmul", x, parts, form)
-        if operands.copied:
-            return matmul(*operands.inputs[:5], **form)
-        plan = _keep(key, make_plan(operands))
+        plan = _keep(key, make_plan(operands, x.device))
+    if plan is _UNTIDY:
+        return matmul(*tidied(x, parts, None, (None, None))[:5], **form)
     if plan.kernel is None:
         return ops.reference("matmul")(x, *parts, **form)
     y = x.new_empty(plan.out)
@@ -277,10 +290,10 @@ def _grouped(
     plan = _plans.get(key)
     if plan is None:
         operands = gather_operands(op, x, parts, form, groups=groups)
-        if operands.copied:
-            inputs = (*operands.inputs[:5], *operands.groups)
-            return _grouped(op, *inputs, **form)
-        plan = _keep(key, make_plan(operands))
+        plan = _keep(key, make_plan(operands, x.device))
+    if plan is _UNTIDY:
+        own = tidied(x, parts, None, groups)
+        return _grouped(op, *own[:5], *own[6:], **form)
     if plan.kernel is None:
         return ops.reference(op)(x, *parts, offsets, indices, **form)
     experts, order = offsets, None
@@ -316,11 +329,9 @@ def _sorted(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     Rows whose index is no expert come last, behind all ends.
     """
     valid = (indices >= 0).logical_and_(indices < experts)
-    own = indices.where(valid, experts)
-    order = own.argsort(stable=True)
+    own, order = indices.where(valid, experts).sort(stable=True)
     numbers = torch.arange(experts, device=indices.device, dtype=indices.dtype)
-    ends = (own.unsqueeze(0) <= numbers.unsqueeze(1)).sum(1)  # [E]
-    return ends, order
+    return torch.searchsorted(own, numbers, right=True), order
 
 
 def _result(x: Tensor, plan: Plan, order: Tensor | None) -> Tensor:

@@ -49,8 +49,10 @@ class Case:
         self.dense = layout.dequantize(
             packed, scales, biases, **form, dtype=torch.float64
         )
-        self.x = normal(small.m, small.n if small.transposed else small.k)
-        self.x = self.x.to(small.dtype)
+        # Rows farther apart than they are long, as those of a slice are.
+        columns = small.n if small.transposed else small.k
+        self.wide = normal(small.m, columns + 8).to(small.dtype)
+        self.x = self.wide[:, :columns]
         self.bias = normal(small.n).to(small.dtype) if small.biased else None
         permutation = self._permute(generator) if small.permuted else self.parts[0]
         self.extra = [permutation]
@@ -104,7 +106,7 @@ class Case:
         y = self.start.to(device, copy=True)
         kernel(
             *(part.to(device) for part in self.parts),
-            self.x.to(device),
+            self.wide.to(device)[:, : self.x.shape[1]],
             y,
             self.shape,
             *(tensor.to(device) for tensor in self.extra),
@@ -139,15 +141,24 @@ class Case:
 
 
 def _small(product: Product, choice: Choice) -> Product:
-    """Sizes that reach every branch of a kernel, ragged ones."""
+    """Sizes for which every loop of a kernel makes several turns, the last one ragged."""
     sizes = dict(choice.sizes)
-    m = sizes.get("VECTORS", 1)
+    m, n, family = sizes.get("VECTORS", 1), 13, choice.family
     if "M_TILES" in sizes:
         m = 8 * sizes["M_TILES"] + 3
     elif product.experts:
         m = 5
-    k = 3 * max(product.group_size, 128)
-    if not product.aligned:
-        k = 3 * product.group_size * (2 if product.group_size == 16 else 1)
+    step = max(product.group_size, 128 if product.aligned else 32)
+    k = 5 * step
+    if family in ("gemv", "gemv_small"):
+        # Two blocks of 32 groups for each part of K, less the last step.
+        n, k = 5, sizes["SPLIT"] * 64 * max(product.group_size, 32) - step
+    elif family == "gemm":
+        n = 32 * sizes["N_TILES"] // sizes["SPLIT"] + 5
+        k = max(k, 640)
+    elif family == "gemm_n":
+        n = 141  # of which 64 at a time
+    elif family == "gemv_n":
+        n = 8 * sizes["SIMDGROUPS"] + 5
     experts = 3 if product.experts else 0
-    return replace(product, m=m, n=13, k=k, experts=experts)
+    return replace(product, m=m, n=n, k=k, experts=experts)

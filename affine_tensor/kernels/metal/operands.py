@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import ops
+from ... import layout, ops
 from ..metal_library import TYPE_NAMES
 from .plans import Product
 
@@ -18,22 +18,19 @@ from .plans import Product
 class Operands:
     """What a plan is made from.
 
-    `inputs` are x, packed, scales, biases, permutation, bias; where `copied`, some of them
-    had to be copied into another layout first, and the call begins again with these.
-    `served` is False for what only the reference does.
+    `untidy`: some of them lie in memory as no kernel takes them; the call begins again
+    with what `tidied` makes of them. `served` is False for what only the reference does.
     """
 
     product: Product
     shape: tuple[int, ...]  # `Shape` in affine.h
     out: tuple[int, ...]
-    x: Tensor
-    inputs: tuple[Any, ...]
-    groups: tuple[Tensor | None, Tensor | None]
-    copied: bool
+    untidy: bool
     served: bool
 
 
 Parts = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
+Groups = tuple["Tensor | None", "Tensor | None"]
 
 
 def gather_operands(
@@ -43,13 +40,13 @@ def gather_operands(
     form: dict[str, Any],
     *,
     bias: Tensor | None = None,
-    groups: tuple[Tensor | None, Tensor | None] = (None, None),
+    groups: Groups = (None, None),
 ) -> Operands:
     """Check the operands as the reference does, and describe them.
 
     `form`: bits, group_size, dtype. `groups`: offsets and indices of experts.
     """
-    packed, scales = parts[:2]
+    packed, scales, biases, permutation = parts
     grouped, transposed = op.startswith("grouped"), op.endswith("matmul")
     n, k = packed.shape[-2], scales.shape[-1] * form["group_size"]
     if grouped:
@@ -57,15 +54,16 @@ def gather_operands(
     else:
         ops.check_matrix(packed, op)
     ops.check_input(x, n if transposed else k, form["dtype"], op)
-    _check_bias(bias, x, n)
-
-    inputs = (_collapsible(x), *_laid_out(parts), _spread(bias, x, n))
-    own_groups = (_as_index(groups[0]), _as_index(groups[1]))
-    before = (x, *parts, bias, *groups)
-    copied = any(
-        a is not b for a, b in zip((*inputs, *own_groups), before, strict=True)
+    layout.check_parts(
+        packed, scales, biases, bits=form["bits"], group_size=form["group_size"]
     )
-    x, packed, scales, _, permutation, bias = inputs
+    _check_permutation(permutation, scales, k, op)
+    check_bias(bias, x, n)
+
+    before = (x, *parts, bias, *groups)
+    after = tidied(x, parts, bias, groups)
+    untidy = any(a is not b for a, b in zip(after, before, strict=True))
+    x, packed, scales, _, permutation, bias, *own_groups = after
     m, x_row = _rows(x)
     bias_row, bias_column = _bias_strides(bias)
     product = Product(
@@ -92,12 +90,41 @@ def gather_operands(
     )
     served = x.dtype in TYPE_NAMES and scales.dtype in TYPE_NAMES
     out = (*x.shape[:-1], k if transposed else n)
-    return Operands(
-        product, shape, out, x, inputs, own_groups, copied, served and x.numel() > 0
-    )
+    return Operands(product, shape, out, untidy, served and x.numel() > 0)
 
 
-def _check_bias(bias: Tensor | None, x: Tensor, n: int) -> None:
+def tidied(x: Tensor, parts: Parts, bias: Tensor | None, groups: Groups) -> list[Any]:
+    """x, the parts, the bias and the groups as kernels take them.
+
+    Each is the same object where nothing is to do.
+    """
+    packed, scales, biases, permutation = parts
+    if packed.stride(-1) != 1:
+        packed = packed.contiguous()
+    if scales.stride(-1) != 1 or scales.stride() != biases.stride():
+        scales = scales.contiguous()
+        biases = biases.contiguous()
+    if permutation is not None:
+        permutation = permutation.to(torch.int32).contiguous()
+    weight = (packed, scales, biases, permutation)
+    own = _spread(bias, x, packed.shape[-2])
+    return [_collapsible(x), *weight, own, *(_as_index(group) for group in groups)]
+
+
+def _check_permutation(
+    permutation: Tensor | None, scales: Tensor, columns: int, op: str
+) -> None:
+    if permutation is None:
+        return
+    expected = (*scales.shape[:-2], columns)
+    if permutation.shape != expected or permutation.is_floating_point():
+        raise ValueError(
+            f"{op}: the permutation is {permutation.dtype} {list(permutation.shape)}; "
+            f"integers of shape {list(expected)} are needed, one for each column"
+        )
+
+
+def check_bias(bias: Tensor | None, x: Tensor, n: int) -> None:
     """Refuse what `F.linear` refuses."""
     if bias is None:
         return
@@ -118,6 +145,8 @@ def _spread(bias: Tensor | None, x: Tensor, n: int) -> Tensor | None:
     """A bias of more than one dimension becomes as large as the result."""
     if bias is None or bias.dim() <= 1:
         return bias
+    if bias.numel() == bias.shape[-1]:  # one for all rows
+        return bias.reshape(-1)
     shape = (*x.shape[:-1], n)
     # The same object where nothing is to do: a view of it would count as copied.
     if bias.shape == shape and bias.is_contiguous():
@@ -153,18 +182,6 @@ def _rows(x: Tensor) -> tuple[int, int]:
     return rows, x.stride(kept[-1]) if kept else 0
 
 
-def _laid_out(parts: Parts) -> Parts:
-    """The parts, copied where neighbours in a row do not lie side by side."""
-    packed, scales, biases, permutation = parts
-    packed = packed if packed.stride(-1) == 1 else packed.contiguous()
-    if scales.stride(-1) != 1 or scales.stride() != biases.stride():
-        scales = scales.contiguous()
-        biases = biases.contiguous()
-    if permutation is not None:
-        permutation = permutation.contiguous()
-    return packed, scales, biases, permutation
-
-
 def _as_index(tensor: Tensor | None) -> Tensor | None:
     """Offsets or indices as int32 or int64, side by side."""
     if tensor is None:
@@ -181,6 +198,7 @@ def _is_aligned(packed: Tensor) -> bool:
 
 
 def _is_vector(x: Tensor, m: int, x_row: int) -> bool:
-    """Whether four neighbours of each row of x can be loaded at once."""
-    together = x.stride(-1) == 1 and x.storage_offset() % 4 == 0
-    return together and (m == 1 or x_row % 4 == 0)
+    """Whether 16 bytes of each row of x can be loaded at once."""
+    count = 16 // x.itemsize
+    together = x.stride(-1) == 1 and x.storage_offset() % count == 0
+    return together and (m == 1 or x_row % count == 0)

@@ -117,6 +117,8 @@ def limits() -> Limits:
 
 def store(found: Limits) -> Path:
     """Keep limits for this chip; they hold from now on."""
+    from . import reset  # which imports this module
+
     everything = _stored() | {chip().name: asdict(found)}
     file = tuned_file()
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -124,6 +126,7 @@ def store(found: Limits) -> Path:
     partial.write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
     partial.replace(file)
     limits.cache_clear()
+    reset()
     return file
 
 
