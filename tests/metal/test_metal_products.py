@@ -90,7 +90,18 @@ def test_sizes(op: str, m: int, emulated_metal: EmulatedMetal) -> None:
 
 @pytest.mark.parametrize(
     "x",
-    ["offset4", "constant", "3d", "3d wide", "3d swapped", "3d expanded", "expanded"],
+    [
+        "offset4",
+        "constant",
+        "3d",
+        "3d wide",
+        "3d swapped",
+        "3d expanded",
+        "expanded",
+        "wide",
+        "offset2",
+        "4d",
+    ],
 )
 @pytest.mark.parametrize("m", [6, 20])
 @pytest.mark.parametrize("op", ["linear", "matmul"])
