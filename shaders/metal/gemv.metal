@@ -13,36 +13,41 @@
 
 constant constexpr int ROWS = 4;
 
-inline void load_x(
+// Adds the products of a lane's run of codes with x.
+template <bool WHOLE>
+inline void multiply_run(
+    const thread uint* words,
+    const thread float2* scales,
+    int rows,
     const device X* x,
     const device int* permutation,
     constant Shape& shape,
     int run,
-    thread float* values) {
+    thread float* totals) {
     const bool half_run = is_half(shape, run);
 #pragma clang loop unroll(full)
     for (int i = 0; i < 32; i += 8) {
         if (half_run && i >= 16) {
+            continue;
+        }
+        float values[8];
+        load_x8(x, permutation, shape, run * 32 + i, values);
+#pragma clang loop unroll(full)
+        for (int r = 0; r < ROWS; ++r) {
+            if (!WHOLE && r >= rows) {
+                continue;
+            }
+            const float2 pair = scales[r * HALVES + i * HALVES / 32];
+            float sum = totals[r];
 #pragma clang loop unroll(full)
             for (int j = 0; j < 8; ++j) {
-                values[i + j] = 0.0f;
+                const float code = placed_code(words + r * BITS, i + j);
+                const float weight = fma(code, unplaced(pair.x, i + j), pair.y);
+                sum = fma(values[j], weight, sum);
             }
-        } else {
-            load_x8(x, permutation, shape, run * 32 + i, values + i);
+            totals[r] = sum;
         }
     }
-}
-
-inline float dot_run(
-    const thread uint* words, const thread float* values, const thread float2* scales) {
-    float sum = 0.0f;
-#pragma clang loop unroll(full)
-    for (int i = 0; i < 32; ++i) {
-        const float2 pair = scales[i * HALVES / 32];
-        const float weight = fma(placed_code(words, i), unplaced(pair.x, i), pair.y);
-        sum = fma(values[i], weight, sum);
-    }
-    return sum;
 }
 
 // Adds the products of the runs of x with the rows. WHOLE: all rows exist.
@@ -65,15 +70,8 @@ inline void accumulate(
             if (run < runs.y) {
                 uint words[ROWS * BITS];
                 load_runs<ROWS, WHOLE>(rows, shape, run, words);
-                float values[32];
-                load_x(x, permutation, shape, run, values);
-#pragma clang loop unroll(full)
-                for (int r = 0; r < ROWS; ++r) {
-                    if (WHOLE || r < rows.count) {
-                        totals[r] +=
-                            dot_run(words + r * BITS, values, scales + r * HALVES);
-                    }
-                }
+                multiply_run<WHOLE>(
+                    words, scales, rows.count, x, permutation, shape, run, totals);
             }
         }
     }
