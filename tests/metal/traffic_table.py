@@ -49,7 +49,7 @@ class Counts:
     sectors: float
 
     def __str__(self) -> str:
-        return f"{self.issued:.2f} / {self.sectors:.2f}"
+        return f"{self.issued:.3g}/{self.sectors:.3g}"
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def mlx(kernel: str, case: Case, headers: Headers) -> Row:
     with emulator.run(trace=True) as run:
         y = run_qmv(getattr(library, variant.name), weights, inputs.x)
     operands = (packed, scales, biases, inputs.x, y)
-    return row(f"MLX {kernel}", run.launches[0], case, operands)
+    return row(kernel.replace("affine_", "MLX "), run.launches[0], case, operands)
 
 
 def case_of(m: int, bits: int, group: int, **other: Any) -> Case:
