@@ -88,7 +88,7 @@ def _factors(op: str) -> dict[str, Any]:
         "group": GROUPS,
         "type": FLOATS,
         "scales": FLOATS,
-        "values": ("normal", "shifted", "outliers"),
+        "values": ("normal", "shifted", "outliers", "zeros"),
         "x": X_LAYOUTS[kind],
         "weight": EXPERT_LAYOUTS if grouped else WEIGHT_LAYOUTS,
         "permuted": (False, True),
@@ -214,6 +214,17 @@ def _formed(maker: Callable[..., Case], values: dict[str, Any], i: int) -> Case:
     return maker(**values, **other)
 
 
+# In float, thousands of terms of one sign drift.
+LONG_SUMS = [
+    Case(op, m, n, k, bits, 64, "float", values=values)
+    for bits, values in ((1, "normal"), (4, "shifted"), (8, "shifted"), (8, "outliers"))
+    for op, m, n, k in (
+        *(("linear", m, 16, 12288) for m in (1, 8, 20, 64)),
+        *(("matmul", m, 6000, 128) for m in (1, 4, 20, 64)),
+    )
+]
+
+
 # ---- all formats, dtypes and kernels --------------------------------------------
 
 # Rows of x by kernel, two that take the same tile, going round.
@@ -247,7 +258,7 @@ def all_of(kernel: str, bits: int, group: int) -> Iterator[Case]:
             group=group,
             type=x_type,
             scales=scales,
-            values=("normal", "shifted", "outliers")[turn % 3],
+            values=("normal", "shifted", "outliers", "zeros")[turn % 4],
             permuted=turn % 2 == 1,
             x=("plain", "wide odd")[turn // 4 % 2],
             weight="plain" if aligned else "offset",

@@ -26,7 +26,8 @@ class Case:
     """One call of an operator.
 
     values: "normal", "shifted" (away from zero), "outliers" (one large weight in each
-        group: most others are near zero, between large scales and biases).
+        group: most others are near zero, between large scales and biases), "zeros"
+        (codes near the one that stands for zero, where code * scale and bias cancel).
     x, weight, bias: their layouts, see `_x_views`, `_lay_out` and `_make_bias`.
     rows: how rows find their expert, "ends" or "indices" and a dtype.
     limits: what differs from the default `Limits`.
@@ -153,6 +154,13 @@ def _make_weight(
         dense[..., :: case.group] *= 40.0
     form = {"bits": case.bits, "group_size": case.group}
     words, scales, biases = layout.quantize(dense.to(TYPES[case.scales]), **form)
+    if case.values == "zeros":
+        zero = 1 << (case.bits - 1)
+        near = torch.randint(-1, 2, dense.shape, generator=generator)
+        near[..., : case.k // 2] = 0
+        codes = (zero + near).clamp(0, 2**case.bits - 1)
+        words = layout.pack(codes.to(torch.uint8), bits=case.bits)
+        biases = -zero * scales  # exact
     packed = words.view(torch.int32)
     permutation = None
     if case.permuted:
@@ -294,10 +302,12 @@ def _assign(
         extra["indices"] = owners.to(INDEX_TYPES[index_type])
         return [-1 if owner == experts else owner for owner in owners.tolist()]
     owners = owners.sort().values
-    if m > 3:
+    if m > 3 and m % 2 == 0:
         owners[-2:] = experts
     numbers = torch.arange(experts)
     ends = (owners <= numbers.unsqueeze(1)).sum(1)  # [E]
+    if m % 3 == 0 and int(ends[-1]) == m:
+        ends[-1] += 5  # more than there are
     extra["offsets"] = ends.to(INDEX_TYPES[index_type])
     return owners.tolist()
 

@@ -19,6 +19,7 @@ from product_cases import (
     BITS,
     GROUPS,
     KERNELS,
+    LONG_SUMS,
     OPERATORS,
     all_of,
     sample,
@@ -109,16 +110,22 @@ def test_layouts_of_x(op: str, m: int, x: str, emulated_metal: EmulatedMetal) ->
     check(Case(op=op, m=m, n=31, k=192, x=x), emulated_metal)
 
 
+@pytest.mark.parametrize("case", LONG_SUMS, ids=str)
+def test_long_sums(case: Case, emulated_metal: EmulatedMetal) -> None:
+    check(case, emulated_metal)
+
+
 @pytest.mark.parametrize(
-    ("bits", "values"), [(1, "normal"), (4, "shifted"), (8, "shifted"), (8, "outliers")]
+    ("op", "m"), [("linear", 3), ("linear", 20), ("matmul", 3), ("matmul", 20)]
 )
-def test_long_sums(bits: int, values: str, emulated_metal: EmulatedMetal) -> None:
-    """In float, where thousands of terms of one sign drift."""
-    form = {"bits": bits, "group": 64, "type": "float", "values": values}
-    for m in (1, 8, 20, 64):
-        check(Case(m=m, n=16, k=12288, **form), emulated_metal)
-    for m in (1, 4, 20, 64):
-        check(Case(op="matmul", m=m, n=6000, k=128, **form), emulated_metal)
+def test_a_row_of_nan_stays_alone(
+    op: str, m: int, emulated_metal: EmulatedMetal
+) -> None:
+    inputs = make(Case(op=op, m=m, n=9, k=96, bits=3, group=32))
+    inputs.x[1] = float("nan")
+    inputs.exact[1] = float("nan")
+    y, kernel = launch(inputs)
+    assert complaint(inputs, y, kernel) is None
 
 
 @pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)])
