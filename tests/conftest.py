@@ -22,17 +22,67 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--full", action="store_true", help="all combinations, which takes an hour"
     )
+    parser.addoption("--device", choices=DEVICES, help=DEVICE_HELP)
+
+
+DEVICES = ("cpu", "cuda", "mps", "emulated")
+DEVICE_HELP = (
+    "tests/test_devices.py runs on this device only, with its tensors there, and fails "
+    "where there is none. mps, on a Mac: in all other tests, too, the operators of this "
+    "library run on the GPU, those of tests/metal in place of the emulator; tensors stay "
+    "on the CPU and are copied for each launch. Left to the CPU are float64, tests of the "
+    "emulator itself, and what ON_THE_CPU in tests/conftest.py names with its reason; "
+    "what counts traffic is skipped. emulated: the same, on the emulator"
+)
+
+# Files and tests that hold for the reference only.
+ON_THE_CPU = {
+    "test_quantize.py": "packed and dense weights give the same bits",
+    "test_sums_over_blocks_of_rows_are_rounded_once": "of weights that are rounded",
+    "test_arguments_that_do_not_fit_are_refused": "no such expert: on a GPU, NaN",
+    "test_refusals_say_what_was_seen_and_what_to_do": "the same",
+    "test_embedding_refuses_ids_that_are_no_rows": "no such row: on a GPU, NaN",
+    "test_embedding_dequantizes_only_the_rows_it_needs": "watches the reference",
+    "test_without_kernels_the_reference_is_checked": "a device without kernels",
+    "test_without_kernels_nothing_is_run": "the same",
+    "test_a_device_that_is_not_there": "the same",
+    "test_there_is_nothing_to_tune_without_metal": "the same",
+    "test_a_kernel_is_called_without_the_operator_only_where_nobody_watches": (
+        "registers a kernel for the CPU"
+    ),
+}
 
 
 @pytest.fixture
-def emulated_metal(monkeypatch: pytest.MonkeyPatch) -> Any:
+def emulated_metal(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Any:
     """Kernels for MPS run on the emulator, for tensors on the CPU.
 
-    Operators of this library that make operands or references belong before it.
+    With --device mps they run on the GPU, still for tensors on the CPU. Operators of this
+    library that make operands or references belong before it.
     """
     from emulated import EmulatedMetal
+    from on_device import compiler
 
-    return EmulatedMetal(monkeypatch)
+    compile_shader = torch.mps.compile_shader
+    device = EmulatedMetal(monkeypatch)
+    if request.config.getoption("--device") == "mps":
+        if not torch.backends.mps.is_available():
+            pytest.fail("--device mps: there is no mps device on this machine")
+        on_device = compiler(compile_shader, "mps")
+        monkeypatch.setattr(torch.mps, "compile_shader", on_device)
+    return device
+
+
+@pytest.fixture(autouse=True)
+def operators_of_the_device(request: pytest.FixtureRequest) -> None:
+    """With --device mps or emulated, the operators of all tests are Metal's kernels."""
+    names = {request.node.path.name, request.node.originalname}
+    if names & ON_THE_CPU.keys():
+        return
+    if request.config.getoption("--device") in ("mps", "emulated"):
+        request.getfixturevalue("emulated_metal")
 
 
 def make(

@@ -14,22 +14,31 @@ from affine_tensor import (
     layout,
     quantize_,
 )
+from affine_tensor.kernels import machine
 
 
-def accelerators() -> list[str]:
-    found = []
-    if torch.cuda.is_available():
-        found.append("cuda")
-    if torch.backends.mps.is_available():
-        found.append("mps")
-    return found
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every accelerator, or the device that was asked for with --device."""
+    if "device" in metafunc.fixturenames:
+        chosen = metafunc.config.getoption("--device")
+        kinds = [chosen] if chosen in ("cpu", "cuda", "mps") else ["cuda", "mps"]
+        metafunc.parametrize("device", kinds, indirect=True)
 
 
-@pytest.fixture(params=["cuda", "mps"])
+@pytest.fixture
+def operators_of_the_device() -> None:
+    """Tensors lie on the device here: nothing is to be put in its place."""
+
+
+@pytest.fixture
 def device(request: pytest.FixtureRequest) -> str:
-    if request.param not in accelerators():
-        pytest.skip(f"there is no {request.param} device on this machine")
-    return request.param
+    kind = request.param
+    if not machine.is_available(kind):
+        text = f"there is no {kind} device on this machine"
+        if request.config.getoption("--device") == kind:
+            pytest.fail(f"--device {kind}: {text}")
+        pytest.skip(text)
+    return kind
 
 
 @pytest.mark.parametrize("bits", layout.BITS)

@@ -10,7 +10,6 @@ that and says so at the head of every table.
 
 from __future__ import annotations
 
-import os
 import runpy
 import sys
 from pathlib import Path
@@ -21,7 +20,6 @@ HERE = Path(__file__).resolve().parent
 
 def emulate() -> None:
     """Put the emulator in the place of MPS, for the rest of the process."""
-    os.environ.setdefault("AFFINE_TENSOR_CHIP", "emulated")
     for folder in (HERE, HERE.parent.parent):
         if str(folder) not in sys.path:
             sys.path.insert(0, str(folder))
@@ -29,10 +27,13 @@ def emulate() -> None:
     import torch
 
     from affine_tensor import ops
+    from affine_tensor.kernels.metal import tuning
 
     torch.set_num_threads(1)  # the shapes are small
     torch.mps.compile_shader = metal_emulator.compile_shader
     ops.device_of = device_of
+    chip = tuning.Chip("emulated", 17, 10)
+    tuning.chip = lambda: chip
 
 
 def device_of(tensor: Any) -> str:
