@@ -205,7 +205,8 @@ class _Clock:
             *_, n, k = shape
             size = math.prod(shape) * 5 // 8
             count = max(2, min(64, -(-self.plan.bytes // size)))
-            copies = [_random_parts(shape, dtype) for _ in range(count)]
+            parts = _random_parts(shape, dtype)
+            copies = [_copy(parts) for _ in range(count)]
             name = f"{' x '.join(map(str, shape))} {layout.name_of(dtype)}"
             yield _Product(name, op, dtype, copies, n if op == "matmul" else k)
 
@@ -272,11 +273,16 @@ def _using(limits: Limits) -> Iterator[None]:
 def _random_parts(
     shape: Sequence[int], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Random words, with scales that keep products small."""
+    """Random words on the CPU, with scales that keep products small."""
     *lead, k = shape
-    device = machine.tensor_device("mps")
     words = (*lead, k * _FORM["bits"] // 32)
-    packed = torch.randint(-(2**31), 2**31, words, dtype=torch.int32, device=device)
-    groups = (*lead, k // _FORM["group_size"])
-    scales = torch.full(groups, 1e-3, dtype=dtype, device=device)
+    packed = torch.randint(-(2**31), 2**31, words, dtype=torch.int32)
+    scales = torch.full((*lead, k // _FORM["group_size"]), 1e-3, dtype=dtype)
     return packed, scales, torch.full_like(scales, -8e-3)
+
+
+def _copy(parts: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The parts once more, on the device."""
+    device = machine.tensor_device("mps")
+    packed, scales, biases = (part.to(device, copy=True) for part in parts)
+    return packed, scales, biases
