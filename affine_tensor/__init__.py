@@ -6,7 +6,6 @@ from .checkpoint.load import LoadReport, load_checkpoint_
 from .checkpoint.save import SaveReport, save_checkpoint
 from .hf import from_pretrained
 from .kernels import metal as _metal  # noqa: F401  (registers its kernels)
-from .kernels import metal_values as _metal_values  # noqa: F401  (the same)
 from .kernels.warmup import warmup
 from .quantize import AffineConfig, dequantize_, footprint, quantize_
 from .tensor import AffineQuantizedTensor

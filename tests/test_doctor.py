@@ -16,7 +16,8 @@ from expecttest import assert_expected_inline
 
 from affine_tensor import doctor, ops
 from affine_tensor.doctor import cases, operators
-from affine_tensor.kernels import machine, metal_library
+from affine_tensor.kernels import machine
+from affine_tensor.kernels.metal import library as metal_library
 from affine_tensor.kernels.metal import tune, tuning
 from affine_tensor.tensor import OPS
 

@@ -33,7 +33,7 @@ from torch import Tensor
 import affine_tensor.tensor
 from affine_tensor import AffineQuantizedTensor
 from affine_tensor.kernels import hub, settings
-from affine_tensor.kernels.metal_library import KernelError
+from affine_tensor.kernels.metal.library import KernelError
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Stand = Callable[..., Tensor]

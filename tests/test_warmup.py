@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 import affine_tensor
 from affine_tensor import AffineConfig, ops, quantize_
-from affine_tensor.kernels import metal, metal_library, metal_values
+from affine_tensor.kernels import metal
+from affine_tensor.kernels.metal import library as metal_library
+from affine_tensor.kernels.metal import values as metal_values
 
 
 class Model(nn.Module):

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .. import ops
 from .. import tensor as tensor_module
-from ..kernels import metal, metal_library, metal_values, settings
-from ..kernels.metal_library import Kernel, Variant
+from ..kernels import metal, settings
+from ..kernels.metal import library, values
+from ..kernels.metal.library import Kernel, Variant
 
 Check = Callable[[Variant, Kernel], "str | None"]
 
@@ -73,9 +74,9 @@ class _Kernel:
 
 def forget() -> None:
     """Drop all compiled kernels and plans."""
-    metal_library.reset()
+    library.reset()
     metal.reset()
-    metal_values.reset()
+    values.reset()
 
 
 @contextmanager
@@ -83,7 +84,7 @@ def watched() -> Iterator[Watch]:
     """Within, kernels are compiled anew and watched, and one that is wrong raises."""
     watch = Watch()
     compile_shader, device_of = torch.mps.compile_shader, ops.device_of
-    checked = metal_library._checked
+    checked = library._checked
     before = settings.strict, settings.metal_backend
 
     @functools.wraps(compile_shader)
@@ -104,7 +105,7 @@ def watched() -> Iterator[Watch]:
 
     forget()
     torch.mps.compile_shader, ops.device_of = compile_and_watch, count
-    metal_library._checked = check_unseen
+    library._checked = check_unseen
     settings.strict, settings.metal_backend = True, "own"
     logger = logging.getLogger("affine_tensor")
     logger.addHandler(watch)
@@ -115,6 +116,6 @@ def watched() -> Iterator[Watch]:
         logger.removeHandler(watch)
         logger.propagate = propagate
         torch.mps.compile_shader, ops.device_of = compile_shader, device_of
-        metal_library._checked = checked
+        library._checked = checked
         settings.strict, settings.metal_backend = before
         forget()

@@ -15,6 +15,10 @@ def _flag(name: str) -> bool:
     return os.environ.get(name, "").lower() not in ("", "0", "false", "no")
 
 
+class KernelError(RuntimeError):
+    """A kernel that does not compile, or computes something else."""
+
+
 @dataclass
 class Settings:
     """What holds for the kernels of all devices. Changed by assignment, at any time.

@@ -24,8 +24,7 @@ from torch import Tensor
 
 from .. import layout
 from ..tensor import log_once, logger
-from . import settings
-from .metal_library import KernelError
+from . import KernelError, settings
 
 REPOSITORY = "kernels-community/mlx-quantization-metal-kernels"
 VERSION = 2

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from affine_tensor import ops
-from affine_tensor.kernels import metal, metal_library, settings
+from affine_tensor.kernels import metal, settings
+from affine_tensor.kernels.metal import library as metal_library
 from affine_tensor.kernels.metal import tuning
 
 # Compiled for the emulator: kept apart from what a real device compiles in this process.

@@ -170,6 +170,8 @@ def tile_shapes(full: bool = False) -> list[Case]:
     few = [(m, split) for m in range(2, 9) for split in (1, 2, 4, 8)]
     for m, split in few if full else [(2, 8), (3, 1), (4, 4), (5, 2), (8, 1), (7, 2)]:
         add(_gemv, split=split, m=m)
+    for m, split, bits in ((1, 1, 4), (1, 2, 8), (3, 1, 2), (8, 2, 6)):
+        add(_gemv, split=split, m=m, bits=bits, group=16)  # K ends with half a run
     for m in (1, 2, 3, 4):
         add(_gemv, split=1, op="matmul", m=m)
     tiles = [(rows, *sizes) for rows in range(1, 9) for sizes in _WIDTHS]
@@ -211,7 +213,7 @@ def _formed(maker: Callable[..., Case], values: dict[str, Any], i: int) -> Case:
     }
     if kind == "linear":
         other["bias"] = ("none", "row", "matrix")[i // 2 % 3]
-    return maker(**values, **other)
+    return maker(**{**other, **values})
 
 
 # In float, thousands of terms of one sign drift.

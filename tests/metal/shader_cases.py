@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from affine_tensor.kernels import metal_values_check
 from affine_tensor.kernels.metal import check, plans
+from affine_tensor.kernels.metal import values_check as metal_values_check
+from affine_tensor.kernels.metal.library import TYPE_NAMES, Variant, source, variant
 from affine_tensor.kernels.metal.plans import Choice, Product
-from affine_tensor.kernels.metal_library import TYPE_NAMES, Variant, source, variant
 
 PREFIX = "shader "
 

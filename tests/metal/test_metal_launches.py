@@ -21,7 +21,8 @@ from products import Case, Inputs, complaint, launch, make, same_bits
 from torch import Tensor
 
 from affine_tensor import ops
-from affine_tensor.kernels import metal, metal_library, settings
+from affine_tensor.kernels import metal, settings
+from affine_tensor.kernels.metal import library as metal_library
 
 SIZES = ("VECTORS", "M_TILES", "N_TILES", "SPLIT", "GROUPS", "SIMDGROUPS", "GATHERED")
 

@@ -27,7 +27,9 @@ from affine_tensor import (
     quantize_,
     save_checkpoint,
 )
-from affine_tensor.kernels import metal, metal_library, metal_values
+from affine_tensor.kernels import metal
+from affine_tensor.kernels.metal import library as metal_library
+from affine_tensor.kernels.metal import values as metal_values
 
 FOUR = AffineConfig(bits=4, group_size=32)
 

@@ -27,7 +27,8 @@ from value_cases import (
 )
 
 from affine_tensor import layout
-from affine_tensor.kernels import metal_values, metal_values_check
+from affine_tensor.kernels.metal import values as metal_values
+from affine_tensor.kernels.metal import values_check as metal_values_check
 from affine_tensor.layout import WEIGHT_DTYPES
 
 

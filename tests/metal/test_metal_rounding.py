@@ -13,7 +13,8 @@ from metal_emulator import compilers
 from value_cases import op, replace_in_source, rounded
 
 from affine_tensor import layout
-from affine_tensor.kernels import metal_library, metal_values
+from affine_tensor.kernels.metal import library as metal_library
+from affine_tensor.kernels.metal import values as metal_values
 from affine_tensor.layout import WEIGHT_DTYPES
 
 each_pair = pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from value_cases import (
 )
 
 from affine_tensor import AffineQuantizedTensor, layout, ops
-from affine_tensor.kernels import metal_values
+from affine_tensor.kernels.metal import values as metal_values
 from affine_tensor.layout import WEIGHT_DTYPES
 
 

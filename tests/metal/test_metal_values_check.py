@@ -16,7 +16,9 @@ from torch import Tensor
 from value_cases import generator, op, replace_in_source, spread, words_of
 
 from affine_tensor import layout, ops, tensor
-from affine_tensor.kernels import metal_library, metal_values, settings
+from affine_tensor.kernels import settings
+from affine_tensor.kernels.metal import library as metal_library
+from affine_tensor.kernels.metal import values as metal_values
 from affine_tensor.layout import WEIGHT_DTYPES
 
 

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from affine_tensor import layout
 from affine_tensor.kernels.metal import plans
+from affine_tensor.kernels.metal.library import source
 from affine_tensor.kernels.metal.plans import Choice, Product
 from affine_tensor.kernels.metal.tuning import Limits
-from affine_tensor.kernels.metal_library import source
 
 SIZES = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))  # N, K
 GROUP = 64

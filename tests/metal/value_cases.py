@@ -12,7 +12,7 @@ import torch
 from test_layout import FORMATS, random_parts
 from torch import Tensor
 
-from affine_tensor.kernels import metal_library
+from affine_tensor.kernels.metal import library as metal_library
 
 op = torch.ops.affine_tensor
 ORDERS = ("forward", "backward", "random")

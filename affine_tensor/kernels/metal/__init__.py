@@ -1,4 +1,4 @@
-"""Products with packed weights on MPS.
+"""Products with packed weights on MPS; `values` has what makes or reads the weights.
 
 Each operator makes a plan from shapes, strides and dtypes: a compiled kernel, its grid and
 its sizes. Plans are kept, so that a call is one look-up, one allocation and one enqueue.
@@ -16,8 +16,8 @@ from torch import Tensor
 from ... import ops
 from ...tensor import log_once
 from .. import hub, settings
-from ..metal_library import Kernel, kernel
-from . import check, tuning
+from . import check, tuning, values
+from .library import Kernel, kernel
 from .operands import Operands, Parts, check_bias, gather_operands, tidied
 from .plans import choose, grid, variant_of
 
@@ -48,6 +48,7 @@ _plans: dict[Any, Plan] = {}
 def reset() -> None:
     """Forget all plans, so that changed limits and settings hold."""
     _plans.clear()
+    values.reset()
 
 
 def _key(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import layout
-from ..metal_library import Kernel
+from .library import Kernel
 from .plans import Choice, Product, grid
 
 # Said each time: programs change torch's defaults.
@@ -160,5 +160,8 @@ def _small(product: Product, choice: Choice) -> Product:
         n = 141  # of which 64 at a time
     elif family == "gemv_n":
         n = 8 * sizes["SIMDGROUPS"] + 5
+    # Rows of 16-groups may end with half a run of 32, where whole or aligned words allow.
+    if product.group_size == 16 and product.bits % (8 if product.aligned else 2) == 0:
+        k -= 16
     experts = 3 if product.experts else 0
     return replace(product, m=m, n=n, k=k, experts=experts)

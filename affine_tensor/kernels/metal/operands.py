@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import layout, ops
-from ..metal_library import TYPE_NAMES
+from .library import TYPE_NAMES
 from .plans import Product
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..metal_library import Variant, variant
+from .library import Variant, variant
 from .tuning import Limits
 
 # What one threadgroup may use. Below the 32 KB that Metal allows, so that two fit.

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from ..tensor import log_once, logger
-from . import settings, shaders
+from ...tensor import log_once, logger
+from .. import KernelError, settings, shaders
 
 Kernel = Callable[..., None]
 
@@ -41,10 +41,6 @@ _DEFAULTS: dict[str, int | str] = {
     "EXPERTS": 0,
     "EXPERT_TYPE": "int",
 }
-
-
-class KernelError(RuntimeError):
-    """A Metal kernel that does not compile, or computes something else."""
 
 
 @dataclass(frozen=True)

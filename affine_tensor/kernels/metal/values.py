@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import layout, ops
-from . import metal_values_check as check
-from .metal_library import Kernel, kernel, variant
+from ... import layout, ops
+from . import values_check as check
+from .library import Kernel, kernel, variant
 
 _Size = tuple[int, ...]
 _Parts = tuple[Tensor, Tensor, Tensor, "Tensor | None"]

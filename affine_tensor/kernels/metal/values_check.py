@@ -1,4 +1,4 @@
-"""The check of each kernel of `metal_values` on first use, and the grids they run on.
+"""The check of each kernel of `values` on first use, and the grids they run on.
 
 Each makes a small input on the CPU, runs the kernel on the device of the call, and
 compares with the reference on the CPU, bit for bit.
@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import ops
-from .metal_library import Kernel
+from ... import ops
+from .library import Kernel
 
 _Size = tuple[int, ...]
 _Parts = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
