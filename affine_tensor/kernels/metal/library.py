@@ -109,10 +109,10 @@ def kernel(
     made = _kernels.get(wanted)
     if made is None:
         with _lock:
-            # Of one that failed the message is wanted again where that is to raise.
+            # What is wrong with one that failed is wanted again where that is to raise.
             if wanted not in _kernels or (settings.strict and not _kernels[wanted]):
-                _kernels[wanted] = None
-                _kernels[wanted] = _checked(wanted, check)
+                made = _checked(wanted, check)
+                _kernels[wanted] = made
             made = _kernels[wanted]
     return made
 
