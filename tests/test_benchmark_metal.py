@@ -58,7 +58,7 @@ def test_tables(tmp_path: Path) -> None:
         """\
 EMULATED on a CPU: nothing here ran on a GPU, times mean nothing
 Products with packed weights, 4 bits, group 64, bfloat16.
-- ours: emulated, 10 cores, Limits(small=8, skinny=48, vectors=4,
+- ours: emulated, 10 cores, Limits(small=8, skinny=64, vectors=4,
   rows_per_expert=2, simdgroups=24); torch ...
 - mlx ...
 - the Hub kernel is not available here; the log says why

@@ -63,7 +63,7 @@ EMULATED on a CPU: nothing here ran on a GPU, times mean nothing
 device    mps (emulated, 10 cores)
 versions  affine_tensor 0.0.0, ...
 system    ...
-limits    small 8, skinny 48, vectors 4, rows_per_expert 2, simdgroups 24
+limits    small 8, skinny 64, vectors 4, rows_per_expert 2, simdgroups 24
           built in for generation 17, not timed here
 settings  default
 
@@ -241,13 +241,14 @@ def test_tune_prints_and_keeps_nothing_on_the_emulator(tmp_path: Path) -> None:
 limit product rows microseconds by value of the limit
 small 64 x 512 float16 2 1: 0.0, 8: 0.0
 small 64 x 512 float16 8 1: 0.0, 8: 0.0
+skinny 64 x 512 float16 64 8: 0.0, 64: 0.0
 vectors 64 x 512 float16 4 1: 0.0, 4: 0.0
 rows_per_expert 4 x 32 x 128 float16 4 1: 0.0, 64: 0.0
 rows_per_expert 4 x 32 x 128 float16 16 1: 0.0, 64: 0.0
 
 limit built in before found
 small 8 8 N
-skinny 48 48 N
+skinny 64 64 N
 vectors 4 4 N
 rows_per_expert 2 2 N
 simdgroups 24 24 N
@@ -302,7 +303,7 @@ def test_a_limit_lies_where_times_cross() -> None:
 def test_each_candidate_is_timed_with_its_own_kernel(metal: Any) -> None:
     found = tune.tune(tune.PLANS["small"])
     limits = {timing.limit for timing in found.timings}
-    assert limits == {"small", "vectors", "rows_per_expert"}
+    assert limits == {"small", "skinny", "vectors", "rows_per_expert"}
     for timing in found.timings:
         assert all(seconds > 0 for seconds in timing.seconds.values())
     # What was compiled for them, and nothing fell back to the reference.

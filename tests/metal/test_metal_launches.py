@@ -175,7 +175,7 @@ linear M2 N33 K256: gemm 384x1x1 by 128x1x1: M_TILES 1, N_TILES 1, SPLIT 2
 simdgroups 1
 linear M40 N200 K256: gemm 512x1x1 by 128x1x1: M_TILES 5, N_TILES 2, SPLIT 1
 simdgroups 1, skinny 8
-linear M40 N200 K256: gemm 512x1x1 by 128x1x1: M_TILES 5, N_TILES 2, SPLIT 1
+linear M40 N200 K256: gemm 256x2x1 by 128x1x1: M_TILES 3, N_TILES 4, SPLIT 1
 skinny 64
 linear M60 N33 K256: gemm 384x1x1 by 128x1x1: M_TILES 8, N_TILES 1, SPLIT 2
 simdgroups 1

@@ -126,10 +126,13 @@ def _tiles(
 
 
 def _rows_of_tile(rows: int) -> int:
-    """Tiles of up to 64 rows, about equally tall, in units of 8; of many rows all alike."""
+    """Two tiles or more of up to 64 rows, about equally tall, in units of 8.
+
+    Of many rows all are alike, so that few kernels are compiled.
+    """
     if rows > 256:
         return 8
-    return -(-rows // (8 * -(-rows // 64)))
+    return -(-rows // (8 * max(2, -(-rows // 64))))
 
 
 def _tiles_n(product: Product, rows: int, wanted: int, invariant: bool) -> Choice:

@@ -30,7 +30,7 @@ class Limits:
     """
 
     small: int = 8
-    skinny: int = 48
+    skinny: int = 64
     vectors: int = 4
     rows_per_expert: int = 2
     simdgroups: int = 24
