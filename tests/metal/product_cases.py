@@ -182,14 +182,14 @@ def tile_shapes(full: bool = False) -> list[Case]:
         add(_gemm, rows=rows, wide=wide, split=split)
     for rows, split in ((1, 1), (2, 1), (4, 1), (1, 4), (2, 4)):
         add(_gemm_n, rows=rows, split=split)
-    for op in ("grouped_linear", "grouped_matmul"):
-        odd = op == "grouped_linear"
-        for by in (
-            ("ends int32", "indices int64") if odd else ("ends int64", "indices int32")
-        ):
-            add(_grouped, op=op, tiles=True, rows=by)
-        for by in ("ends int64", "indices int32"):
-            add(_grouped, op=op, tiles=False, rows=by)
+    for op, by in product(
+        ("grouped_linear", "grouped_matmul"), ("ends int64", "indices int32")
+    ):
+        permuted = (op == "grouped_linear") == by.startswith("ends")
+        other = "ends int32" if by.startswith("ends") else "indices int64"
+        add(_grouped, op=op, tiles=True, rows=other, permuted=not permuted)
+        add(_grouped, op=op, tiles=True, rows=by, permuted=permuted)
+        add(_grouped, op=op, tiles=False, rows=by, permuted=permuted)
     add(_grouped, op="grouped_linear", tiles=True, rows="ends int32", experts=40, m=60)
     for n, by in ((130, "ends int64"), (260, "indices int32")):
         add(_grouped, op="grouped_linear", tiles=True, rows=by, n=n, m=50, cores=1)
