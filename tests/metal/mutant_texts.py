@@ -332,9 +332,11 @@ GEMM_N = [
             ),
             ("columns swapped", "[i % 2]);", "[1 - i % 2]);"),
             (
-                "columns of the next lane",
+                "columns of another lane",
                 "* 64 + 16 * pair;",
                 "* 64 + 16 * (3 - pair);",
+                None,
+                "lanes load and store the columns of one another",
             ),
             ("every part at the first row", "int block = part;", "int block = 0;"),
             ("values of the first tile", "(8 * j + row) * LD", "row * LD"),

@@ -144,7 +144,7 @@ def _gemm_n(rows: int, split: int, **other: Any) -> Case:
 
 def _grouped(op: str, tiles: bool, rows: str, cores: int = 24, **other: Any) -> Case:
     limits = (("rows_per_expert", 1 if tiles else 64), ("simdgroups", cores))
-    other = {"experts": 3, "m": 20 if tiles else 6, "n": 9, **other}
+    other = {"experts": 3, "m": 20 if tiles else 11, "n": 9, **other}
     base = Case(op=op, rows=rows, limits=limits, **other)
     return replace(base, k=_ragged(base, 200))
 
