@@ -115,6 +115,8 @@ QUANTIZE = [
             "codes below zero",
             "code > 0.0f ? uint(min(code, float(MASK))) : 0u",
             "uint(int(min(code, float(MASK))))",
+            None,
+            "rounded, they are not below zero; where there is a NaN the host raises",
         ),
         (
             "product with the inverse",
@@ -139,6 +141,8 @@ QUANTIZE = [
             "groups past the end",
             "if (simdgroup * GROUPS >= groups)",
             "if (simdgroup * GROUPS > groups)",
+            None,
+            "a simdgroup without groups stores nothing",
         ),
         (
             "no half simdgroup",
@@ -149,8 +153,6 @@ QUANTIZE = [
             "scales by every lane",
             "if (exists && lane % LANES == 0)",
             "if (exists)",
-            None,
-            "all lanes of a group have the same scale",
         ),
         ("scale of one lane in two groups", "lane % LANES == 0", "lane == 0"),
         (
