@@ -212,7 +212,7 @@ def _formed(maker: Callable[..., Case], values: dict[str, Any], i: int) -> Case:
         "permuted": i % 2 == 1,
     }
     if kind == "linear":
-        other["bias"] = ("none", "row", "matrix")[i // 2 % 3]
+        other["bias"] = ("none", "row", "matrix", "strided row")[i // 2 % 4]
     return maker(**{**other, **values})
 
 
