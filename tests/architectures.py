@@ -1,4 +1,4 @@
-"""Model types whose parameters have the same names in transformers and in mlx-lm.
+"""Model types that transformers and mlx-lm both have, and checkpoints of them.
 
 Each `Case` is a model of about 0.4 million random parameters. transformers only draws
 the weights. mlx-lm reads them, quantizes them, writes the checkpoint, reads that back,
@@ -79,6 +79,13 @@ class Case:
 
     With a `recipe` (one of mlx-lm's `QUANT_RECIPES`) some modules get more bits than
     others, and the config names each; `bits` is then what the config gives as default.
+
+    `model_class` is the auto class of transformers. `dense` are patterns of parameters
+    of the transformers model that become dense though mlx-lm has them quantized (see
+    `checkpoint/forms.py` for the reasons). `common` are the settings of `COMMON` that
+    the config gets ("all", or none for composite ones). `tokens` is how many the
+    comparison runs over. `tolerance` may be wider where the two libraries differ by as
+    much on the dense model; the reason stands beside it.
     """
 
     model_type: str
@@ -86,11 +93,18 @@ class Case:
     bits: int = 4
     group_size: int = 64
     recipe: str | None = None
+    model_class: str = "AutoModelForCausalLM"
+    dense: tuple[str, ...] = ()
+    common: bool = True
+    tokens: int = 24
+    tolerance: float = TOLERANCE
+    label: str = ""
 
     def __str__(self) -> str:
         tied = "-tied" if self.config.get("tie_word_embeddings") else ""
         width = self.recipe or f"{self.bits}bit"
-        return f"{self.model_type}{tied}-{width}-g{self.group_size}"
+        label = f"-{self.label}" if self.label else ""
+        return f"{self.model_type}{label}{tied}-{width}-g{self.group_size}"
 
 
 CASES = [
@@ -279,16 +293,19 @@ def mlx_quantized_modules(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def _write_dense_checkpoint(case: Case, folder: Path) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
+    from transformers import AutoConfig
 
     folder.mkdir(parents=True)
     path = folder / "config.json"
-    published = {"model_type": case.model_type, **COMMON, **case.config}
+    common = COMMON if case.common else {}
+    published = {"model_type": case.model_type, **common, **case.config}
     path.write_text(json.dumps(published))
     config = AutoConfig.from_pretrained(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        auto_class = getattr(transformers, case.model_class)
+        model = auto_class.from_config(config, dtype=torch.float32)
         _perturb_(model)
     model.save_pretrained(folder)
     # What the table does not name comes from transformers' defaults. Its own spelling

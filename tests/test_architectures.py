@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import architectures
+import cases_experts
+import cases_latent
+import cases_other
+import cases_recurrent
+import cases_seeing
 import pytest
 import torch
+import transformers
 from architectures import (
-    CASES,
-    TOLERANCE,
     Case,
     mlx_logits,
     mlx_quantized_modules,
@@ -18,61 +24,89 @@ from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     PreTrainedModel,
 )
 
 from affine_tensor import AffineQuantizedTensor, load_checkpoint_
+from affine_tensor.checkpoint.files import open_checkpoint
+from affine_tensor.checkpoint.load import Plan, make_plan
+
+CASES = [
+    *architectures.CASES,
+    *cases_experts.CASES,
+    *cases_latent.CASES,
+    *cases_recurrent.CASES,
+    *cases_seeing.CASES,
+    *cases_other.CASES,
+]
 
 pytest.importorskip("mlx_lm", reason="mlx-lm, which writes the checkpoints, is missing")
 
 
-def stock_model(folder: Path) -> PreTrainedModel:
+def stock_model(folder: Path, auto_class: str) -> PreTrainedModel:
     # Only the eager attention of transformers soft-caps Gemma 2's logits in all its
     # versions.
-    return AutoModelForCausalLM.from_config(
-        AutoConfig.from_pretrained(folder),
-        dtype=torch.float32,
-        attn_implementation="eager",
-    ).eval()
+    return (
+        getattr(transformers, auto_class)
+        .from_config(
+            AutoConfig.from_pretrained(folder),
+            dtype=torch.float32,
+            attn_implementation="eager",
+        )
+        .eval()
+    )
 
 
 def classes(model: nn.Module) -> dict[str, type]:
     return {name: type(module) for name, module in model.named_modules()}
 
 
-def packed(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Bits and group size of each module whose weight is packed; a tied weight counts
-    where it is first met."""
-    return {
-        name.removesuffix(".weight"): (parameter.bits, parameter.group_size)
-        for name, parameter in model.named_parameters()
-        if isinstance(parameter, AffineQuantizedTensor)
-    }
+def check_packed(model: nn.Module, plan: Plan, case: Case, folder: Path) -> None:
+    """Every weight that mlx-lm has quantized went into a packed parameter of the same
+    bits and group size, or into one that the case says is dense."""
+    quantized = mlx_quantized_modules(folder)
+    parameters = dict(model.named_parameters())
+    seen = {}
+    for item in [*plan.items, *plan.repeated]:
+        stems = [name.removesuffix(".weight") for name in item.leaves]
+        stems = [stem for stem in stems if stem in quantized]
+        seen.update(dict.fromkeys(stems, item.target.name))
+        parameter = parameters[item.target.name] if stems else None
+        if any(re.search(pattern, item.target.name) for pattern in case.dense):
+            assert not isinstance(parameter, AffineQuantizedTensor), item.target.name
+        elif stems:
+            assert isinstance(parameter, AffineQuantizedTensor), item.target.name
+            formats = {quantized[stem] for stem in stems}
+            assert formats == {(parameter.bits, parameter.group_size)}
+    assert seen.keys() == quantized.keys()
 
 
 def relative_l2(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
-def assert_speaks_as_in_mlx_lm(folder: Path) -> None:
-    model = stock_model(folder)
+def assert_speaks_as_in_mlx_lm(case: Case, folder: Path) -> PreTrainedModel:
+    model = stock_model(folder, case.model_class)
     before = classes(model)
+    plan = make_plan(model, open_checkpoint(folder))
 
     load_checkpoint_(model, folder)
 
     assert classes(model) == before
-    assert packed(model) == mlx_quantized_modules(folder)
-    if model.config.tie_word_embeddings:
+    check_packed(model, plan, case, folder)
+    if model.config.get_text_config().tie_word_embeddings:
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        assert head.weight is embedding.weight
+        assert head is None or head.weight is embedding.weight
 
     generator = torch.Generator().manual_seed(1)
-    input_ids = torch.randint(model.config.vocab_size, (2, 24), generator=generator)
+    vocabulary = model.config.get_text_config().vocab_size
+    input_ids = torch.randint(vocabulary, (2, case.tokens), generator=generator)
     with torch.no_grad():
         logits = model(input_ids, use_cache=False).logits
     assert logits.dtype == torch.float32
-    assert relative_l2(logits, mlx_logits(folder, input_ids)) < TOLERANCE
+    error = relative_l2(logits, mlx_logits(folder, input_ids))
+    assert error < case.tolerance
+    return model
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -80,7 +114,7 @@ def test_logits_are_those_of_mlx_lm(case: Case, tmp_path: Path) -> None:
     if case.model_type not in CONFIG_MAPPING:
         pytest.skip(f"the installed transformers does not know {case.model_type}")
     write_mlx_checkpoint(case, tmp_path)
-    assert_speaks_as_in_mlx_lm(tmp_path)
+    assert_speaks_as_in_mlx_lm(case, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -88,4 +122,4 @@ def test_logits_are_those_of_mlx_lm_with_scales_of_16_bits(
     dtype: str, tmp_path: Path
 ) -> None:
     write_mlx_checkpoint(CASES[0], tmp_path, dtype=dtype)
-    assert_speaks_as_in_mlx_lm(tmp_path)
+    assert_speaks_as_in_mlx_lm(CASES[0], tmp_path)

@@ -1,41 +1,43 @@
 """Which files make up a checkpoint, what their headers say, and reading one tensor.
 
 A checkpoint is a local folder or a repository of the Hugging Face Hub, of which only
-safetensors and JSON files are read.
+safetensors and JSON files are read. Which files those are, the same rule decides for
+both (`_choose`); of a repository it does so before any weights are downloaded.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import re
 import struct
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import Tensor
 
 from .. import layout
+from ..tensor import log_once
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 
-# What a checkpoint needs from a repository: weights, configuration, tokenizer.
-PATTERNS = (
-    "*.safetensors",
-    "*.json",
-    "*.jinja",
-    "*.txt",
-    "*.model",
-    "*.tiktoken",
-)
+# What a checkpoint needs from a repository: configuration, tokenizer, and weights.
+_SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+PATTERNS = ("*.safetensors", *_SMALL)
 
 # safetensors' names of dtypes; a file that has others is refused.
 DTYPES = {
@@ -57,6 +59,10 @@ DTYPES = {
 }
 
 _HEADER_LIMIT = 100_000_000  # bytes; safetensors' own
+
+# How transformers and mlx-lm write what JSON has no number for: {"__float__": "NaN"}.
+_FLOAT_TAG = "__float__"
+_FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
 class CheckpointError(ValueError):
@@ -132,13 +138,63 @@ def fetch(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The local folder of `source`: itself, or what `snapshot_download` fetches.
+    """The local folder of `source`: itself, or the cached snapshot of a repository.
+
+    Of a repository the small files come first. They, the list of its files and, only
+    where these leave a doubt, the headers of its shards say which shards make up the
+    checkpoint; no others are downloaded. Without a network the cached snapshot serves.
 
     The keywords are those of `huggingface_hub.snapshot_download`, whose environment
     variables (HF_HUB_OFFLINE, HF_TOKEN, HF_HOME, ...) count too. Raises
-    FileNotFoundError if `source` is neither a folder nor the name of a repository, and
-    what huggingface_hub raises.
+    FileNotFoundError if `source` is neither a folder nor the name of a repository,
+    CheckpointError if the repository lacks a shard or has several sets of weights of
+    which none is certain, and what huggingface_hub raises.
     """
+    folder = _own_folder(source)
+    if folder is not None:
+        return folder
+    hub = {"cache_dir": cache_dir, "token": token}
+    return _fetch_repository(str(source), revision, local_files_only, hub)
+
+
+def probe(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> dict[str, Any]:
+    """The config.json of a folder or repository, as `Checkpoint.config` has it.
+
+    {} if there is none. Nothing else is downloaded, and without a network the cache
+    serves. Keywords and errors are those of `fetch`.
+    """
+    folder = _own_folder(source)
+    if folder is not None:
+        return _read_config(folder / CONFIG)
+    repo, hub = str(source), {"cache_dir": cache_dir, "token": token}
+    try:
+        path = hf_hub_download(
+            repo, CONFIG, revision=revision, local_files_only=local_files_only, **hub
+        )
+    except LocalEntryNotFoundError:
+        # No network, and no such file in the cache. A snapshot that is there may well
+        # be of a repository without one; huggingface_hub raises if it knows better.
+        try:
+            snapshot = _snapshot(repo, [CONFIG], revision, True, hub)
+        except LocalEntryNotFoundError:
+            snapshot = None
+        if snapshot is None:
+            raise
+        return _read_config(snapshot / CONFIG)
+    except EntryNotFoundError:
+        return {}
+    return _read_config(Path(path))
+
+
+def _own_folder(source: str | Path) -> Path | None:
+    """The folder that `source` is; None if it is the name of a repository."""
     folder = Path(source).expanduser()
     if source != "" and folder.is_dir():  # Path("") is the working directory
         return folder
@@ -147,17 +203,7 @@ def fetch(
             f"{str(source)!r} is neither a folder nor the name of a Hub repository "
             "(organization/name)"
         )
-    return Path(
-        snapshot_download(
-            str(source),
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-            allow_patterns=list(PATTERNS),
-            ignore_patterns=["*/*.safetensors"],  # a checkpoint is one folder
-        )
-    )
+    return None
 
 
 def is_repository(name: str) -> bool:
@@ -169,24 +215,269 @@ def is_repository(name: str) -> bool:
     return "/" in name
 
 
+# ---- the Hub ---------------------------------------------------------------------
+
+
+def _fetch_repository(
+    repo: str, revision: str | None, local_files_only: bool, hub: dict[str, Any]
+) -> Path:
+    folder = _snapshot(repo, _SMALL, revision, local_files_only, hub)
+    commit = folder.name  # of which all is taken, whatever is pushed meanwhile
+    there = None if local_files_only else _listing(repo, commit, hub["token"])
+    if there is None:
+        try:
+            weight_files(folder)
+        except CheckpointError:  # huggingface_hub knows more: what was interrupted
+            return _snapshot(repo, PATTERNS, revision, local_files_only, hub)
+        return folder
+    index = _read_index(folder)
+    indexed = set(index.values())
+    if set(_candidates(there)) <= indexed <= there:
+        files = sorted(indexed)  # all there are: no header would change that
+    else:
+
+        def names_of(files: Sequence[str]) -> dict[str, Collection[str]]:
+            def peek(file: str) -> Collection[str]:
+                return _peek(folder, repo, file, hub)
+
+            with ThreadPoolExecutor(8) as pool:
+                return dict(zip(files, pool.map(peek, files), strict=True))
+
+        where = f"the repository {repo} (commit {commit})"
+        files = _choose(where, there, index, names_of).files
+    if files:
+        exact = [glob.escape(name) for name in files]
+        _snapshot(repo, exact, commit, False, hub)
+    return folder
+
+
+def _snapshot(
+    repo: str,
+    patterns: Iterable[str],
+    revision: str | None,
+    local_files_only: bool,
+    hub: dict[str, Any],
+) -> Path:
+    return Path(
+        snapshot_download(
+            repo,
+            revision=revision,
+            local_files_only=local_files_only,
+            allow_patterns=list(patterns),
+            ignore_patterns=["*/*.safetensors"],  # a checkpoint is one folder
+            **hub,
+        )
+    )
+
+
+def _listing(repo: str, commit: str, token: str | bool | None) -> set[str] | None:
+    """The safetensors files at the top of a repository; None if it cannot be asked."""
+    try:
+        entries = list(HfApi(token=token).list_repo_tree(repo, revision=commit))
+    except Exception:
+        # No network, Hub down, no access: for all of them snapshot_download has taken
+        # the cache, or will raise what it is.
+        return None
+    return {e.path for e in entries if e.path.endswith(".safetensors")}
+
+
+def _peek(folder: Path, repo: str, name: str, hub: dict[str, Any]) -> Collection[str]:
+    """The names of the tensors in a file of a repository, by its header alone."""
+    if not (folder / name).is_file():
+        api, commit = HfApi(token=hub["token"]), folder.name
+        try:
+            found = api.parse_safetensors_file_metadata(repo, name, revision=commit)
+            return found.tensors.keys()
+        except Exception:
+            # A server that refuses ranges, or a file that is broken: the whole file
+            # tells, and if even that cannot be had, this raises why.
+            hf_hub_download(repo, name, revision=commit, **hub)
+    return _open_header(folder / name).entries.keys()
+
+
+# ---- which files -----------------------------------------------------------------
+
+
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Read the configuration and all headers of a local checkpoint.
 
     No weight is read yet. Raises CheckpointError on a missing shard, a truncated file,
     a broken header, an index that leads out of the folder, or a tensor that two files
-    have.
+    have while no index says which of them counts.
     """
-    files = weight_files(folder)
+    headers: dict[str, _Header] = {}
+    choice = _choose_in(folder, headers)
+    files = [folder / name for name in choice.files]
     tensors: dict[str, StoredTensor] = {}
     for file in files:
-        for tensor in read_header(file):
+        for tensor in _tensors(headers.get(file.name) or _open_header(file)):
+            if choice.index.get(tensor.name, file.name) != file.name:
+                continue
             other = tensors.setdefault(tensor.name, tensor)
             if other is not tensor:
                 raise CheckpointError(
                     f"{tensor.name} is in {other.file.name} and in {file.name}; remove "
                     f"the one that does not belong to {folder}"
                 )
-    return Checkpoint(folder, read_json(folder / CONFIG), tensors, tuple(files))
+    return Checkpoint(folder, _read_config(folder / CONFIG), tensors, tuple(files))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the checkpoint in a folder.
+
+    Those that the index names, if they are there and hold what it says; else
+    ``model*.safetensors``, since converters have left stale indices behind. Of several
+    sets of these, numbered ones and others, it is the one that has ``.scales``. A
+    numbered set must be complete.
+    """
+    return [folder / name for name in _choose_in(folder, {}).files]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The files that make up a checkpoint, and what the index has to say about them."""
+
+    files: list[str]
+    index: dict[str, str]  # {} if it does not count
+    stale: str = ""  # why not
+
+
+def _choose_in(folder: Path, headers: dict[str, _Header]) -> _Choice:
+    """Choose the files of a folder; `headers` receives those that had to be read."""
+    # A link of the Hub's cache whose file was deleted is no file.
+    there = {path.name for path in folder.glob("*.safetensors") if path.is_file()}
+    index = _read_index(folder)
+
+    def names_of(files: Sequence[str]) -> dict[str, Collection[str]]:
+        for name in files:
+            if name not in headers:
+                headers[name] = _open_header(folder / name)
+        return {name: headers[name].entries.keys() for name in files}
+
+    choice = _choose(f"the checkpoint in {folder}", there, index, names_of)
+    if not choice.files:
+        others = []
+        if folder.is_dir():  # huggingface_hub makes no folder for no files
+            others = sorted(p.name for p in folder.iterdir() if p.is_file())
+        gone = f", and its index names {', '.join(sorted(set(index.values())))}"
+        raise CheckpointError(
+            f"there is no model*.safetensors in {folder} (only safetensors is read); "
+            f"it holds {', '.join(others) or 'no files'}{gone if index else ''}"
+        )
+    if choice.stale:
+        log_once(
+            f"stale index in {folder}",
+            "%s is stale and not followed: %s. What is read is %s",
+            folder / INDEX,
+            choice.stale,
+            _listed(choice.files),
+        )
+    return choice
+
+
+def _choose(
+    where: str,
+    there: Collection[str],
+    index: dict[str, str],
+    names_of: Callable[[Sequence[str]], Mapping[str, Collection[str]]],
+) -> _Choice:
+    """Choose among the safetensors files that are there, in a folder or repository.
+
+    `names_of` reads headers, which may need the network: it gives the names of the
+    tensors in each of some files. No files are chosen if none could be weights.
+    """
+    candidates = _candidates(there)
+    indexed = sorted(set(index.values()))
+    absent = [name for name in indexed if name not in there]
+    strays = [name for name in candidates if name not in indexed]
+    stale = ""
+    if absent:
+        stale = f"it names {_listed(absent)}, not there"
+    elif indexed:
+        stale = _contradiction(index, names_of(indexed))
+        if not stale and strays and not _quantized(index):
+            # The index of the dense original, beside the shards that it belongs to.
+            named = names_of(strays)
+            better = [name for name in strays if _quantized(named[name])]
+            if better:
+                stale = f"it names no .scales, which {_listed(better)} has"
+        if not stale:
+            return _Choice(indexed, index)
+        if not strays:
+            return _Choice(indexed, {}, stale)
+    sets = _sets(candidates)
+    if len(sets) > 1:
+        named = names_of(candidates)
+        quantized = [s for s in sets if any(_quantized(named[name]) for name in s)]
+        if len(quantized) != 1:
+            raise CheckpointError(
+                f"{where} holds {len(sets)} sets of weights: "
+                f"{'; '.join(_listed(s) for s in sets)}. Allowed is one, or one that "
+                f"has tensors named *.scales, as MLX's quantized weights do; here "
+                f"{'several have' if quantized else 'none has'} them. Put the files "
+                "that belong together into a folder of their own, with the config.json, "
+                "and load that"
+            )
+        sets = quantized
+    files = sets[0] if sets else []
+    missing = _missing_numbers(files)
+    if missing:
+        raise CheckpointError(
+            f"{where} lacks {', '.join(missing)}; fetch it again, or another revision "
+            "of it"
+        )
+    return _Choice(files, {}, stale)
+
+
+def _candidates(there: Iterable[str]) -> list[str]:
+    """The files that are weights by their names: mlx-lm's, or else its former ones."""
+    names = sorted(name for name in there if name.endswith(".safetensors"))
+    return [name for name in names if name.startswith("model")] or [
+        name for name in names if name.startswith("weight")
+    ]
+
+
+def _contradiction(index: dict[str, str], named: Mapping[str, Collection[str]]) -> str:
+    """How the index and the headers of the files that it names contradict each other.
+
+    Only .scales must be in it: an index without them is that of a dense original. Other
+    tensors are read wherever they are.
+    """
+    for name, file in sorted(index.items()):
+        if name not in named[file]:
+            return f"it says that {name} is in {file}, which lacks it"
+    for file, names in sorted(named.items()):
+        for name in sorted(names):
+            if name.endswith(".scales") and name not in index:
+                return f"it lacks {name}, which {file} has"
+    return ""
+
+
+def _quantized(names: Iterable[str]) -> bool:
+    return any(name.endswith(".scales") for name in names)
+
+
+_NUMBERED = re.compile(r"(.*-)(\d+)(-of-)(\d+)(\.safetensors)")
+
+
+def _sets(names: Iterable[str]) -> list[list[str]]:
+    """Files that may belong together: each numbered series, and all without numbers."""
+    sets: dict[tuple[str, int], list[str]] = {}
+    for name in names:
+        match = _NUMBERED.fullmatch(name)
+        key = (match[1], int(match[4])) if match else ("", 0)
+        sets.setdefault(key, []).append(name)
+    return list(sets.values())
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The names for a message: of many the first and the last."""
+    if len(names) > 4:
+        return f"{names[0]} to {names[-1]} ({len(names)} files)"
+    return ", ".join(names)
+
+
+# ---- JSON and headers ------------------------------------------------------------
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -196,9 +487,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return _object(path.read_bytes(), str(path))
 
 
-def _object(text: bytes, where: str) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, Any]:
+    """A configuration, with the floats that JSON cannot express; {} if there is none."""
+    if not path.is_file():
+        return {}
+    return _object(path.read_bytes(), str(path), _tagged_float)
+
+
+def _tagged_float(value: dict[str, Any]) -> Any:
+    tag = value.get(_FLOAT_TAG) if len(value) == 1 else None
+    return _FLOATS.get(tag, value) if isinstance(tag, str) else value
+
+
+def _object(
+    text: bytes, where: str, hook: Callable[[dict[str, Any]], Any] | None = None
+) -> dict[str, Any]:
     try:
-        value = json.loads(text.decode("utf-8"))
+        value = json.loads(text.decode("utf-8"), object_hook=hook)
     except (ValueError, RecursionError) as error:  # the latter: nested without end
         raise CheckpointError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -206,46 +511,16 @@ def _object(text: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the checkpoint in a folder.
-
-    Those that the index names, if all of them exist; else ``model*.safetensors``, since
-    converters have left stale indices behind. A numbered set must be complete.
-    """
-    indexed = _indexed_files(folder)
-    absent = [file.name for file in indexed if not file.is_file()]
-    if indexed and not absent:
-        return indexed
-    # A link of the Hub's cache whose file was deleted is no file.
-    there = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
-    found = [file for file in there if file.name.startswith("model")] or [
-        file for file in there if file.name.startswith("weight")
-    ]
-    if not found:
-        others = sorted(p.name for p in folder.iterdir() if p.is_file())
-        raise CheckpointError(
-            f"there is no model*.safetensors in {folder} (only safetensors is read); "
-            f"it holds {', '.join(others) or 'no files'}"
-            + (f", and its index names {', '.join(absent)}" if absent else "")
-        )
-    missing = _missing_numbers(found)
-    if missing:
-        raise CheckpointError(
-            f"the checkpoint in {folder} lacks {', '.join(missing)}; fetch it again"
-        )
-    return found
-
-
-def _indexed_files(folder: Path) -> list[Path]:
-    index = read_json(folder / INDEX)
-    names = index.get("weight_map", {})
-    if not isinstance(names, dict) or not all(
-        isinstance(name, str) for name in names.values()
+def _read_index(folder: Path) -> dict[str, str]:
+    """Which file has which tensor, as the index says; {} if there is none."""
+    weight_map = read_json(folder / INDEX).get("weight_map", {})
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) for name in weight_map.values()
     ):
         raise CheckpointError(
             f"{folder / INDEX}: weight_map does not map to file names"
         )
-    for name in sorted(set(names.values())):
+    for name in sorted(set(weight_map.values())):
         # Links are followed on purpose: the Hub's cache is made of them. A name is not.
         if Path(name).name != name or name in ("", ".", ".."):
             raise CheckpointError(
@@ -256,27 +531,38 @@ def _indexed_files(folder: Path) -> list[Path]:
             raise CheckpointError(
                 f"{folder / INDEX} names {name!r}; only safetensors is read"
             )
-    return [folder / name for name in sorted(set(names.values()))]
+    return weight_map
 
 
-def _missing_numbers(files: Iterable[Path]) -> list[str]:
+def _missing_numbers(files: Iterable[str]) -> list[str]:
     """Names that ``…-00001-of-00003.safetensors`` promise and that are not there."""
-    names = {file.name for file in files}
-    promised = set()
-    for name in names:
-        match = re.fullmatch(r"(.*-)(\d+)(-of-)(\d+)(\.safetensors)", name)
-        if match:
-            start, number, middle, total, end = match.groups()
-            width = len(number)
-            promised |= {
-                f"{start}{i:0{width}d}{middle}{total}{end}"
-                for i in range(1, min(int(total), 10_000) + 1)
-            }
+    names, promised = set(files), set()
+    for match in filter(None, map(_NUMBERED.fullmatch, names)):
+        start, number, middle, total, end = match.groups()
+        width = len(number)
+        promised |= {
+            f"{start}{i:0{width}d}{middle}{total}{end}"
+            for i in range(1, min(int(total), 10_000) + 1)
+        }
     return sorted(promised - names)
+
+
+@dataclass(frozen=True)
+class _Header:
+    """The header of a safetensors file, not checked yet."""
+
+    file: Path
+    size: int  # of the file
+    base: int  # where its data begin
+    entries: dict[str, Any]
 
 
 def read_header(file: Path) -> list[StoredTensor]:
     """The tensors of a safetensors file, checked against each other and its size."""
+    return _tensors(_open_header(file))
+
+
+def _open_header(file: Path) -> _Header:
     size = file.stat().st_size
     with file.open("rb") as stream:
         prefix = stream.read(8)
@@ -289,10 +575,14 @@ def read_header(file: Path) -> list[StoredTensor]:
                 f"{size}. It is truncated or not safetensors; fetch it again"
             )
         text = stream.read(length)
-    header = _object(text, f"the header of {file}")
-    header.pop("__metadata__", None)
-    base = 8 + length
-    tensors = [_entry(file, base, name, entry) for name, entry in header.items()]
+    entries = _object(text, f"the header of {file}")
+    entries.pop("__metadata__", None)
+    return _Header(file, size, 8 + length, entries)
+
+
+def _tensors(header: _Header) -> list[StoredTensor]:
+    file, base = header.file, header.base
+    tensors = [_entry(file, base, *named) for named in header.entries.items()]
     tensors.sort(key=lambda t: (t.start, t.nbytes))
     end = base
     for tensor in tensors:
@@ -302,10 +592,10 @@ def read_header(file: Path) -> list[StoredTensor]:
                 f"tensor before it ends at {end}; the header is broken"
             )
         end += tensor.nbytes
-    if end != size:
+    if end != header.size:
         raise CheckpointError(
-            f"{file} has {size} bytes and its header describes {end}: it is "
-            f"{'truncated' if end > size else 'too long'}. Fetch it again"
+            f"{file} has {header.size} bytes and its header describes {end}: it is "
+            f"{'truncated' if end > header.size else 'too long'}. Fetch it again"
         )
     return tensors
 

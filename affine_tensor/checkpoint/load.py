@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,8 @@ from .files import (
     move,
     open_checkpoint,
 )
+from .forms import Form, Stored
+from .names import Names
 
 _READERS = min(4, os.cpu_count() or 1)  # threads
 
@@ -39,8 +42,22 @@ class LoadReport:
     packed: dict[str, tuple[int, int]] = field(default_factory=dict)  # bits, group size
     dense: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
+    notes: dict[str, str] = field(default_factory=dict)  # what became of a weight
     packed_bytes: int = 0
     dense_bytes: int = 0
+
+    def note(self, item: Planned, value: Tensor) -> None:
+        """Enter what a parameter became."""
+        name = item.target.name
+        if isinstance(value, AffineQuantizedTensor):
+            self.packed[name] = (value.bits, value.group_size)
+            self.packed_bytes += value.nbytes
+        else:
+            self.dense.append(name)
+            self.dense_bytes += value.nbytes
+        text = item.remark(value)
+        if text:
+            self.notes[name] = text
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("loaded", "count", "bits", "group")]
@@ -52,6 +69,7 @@ class LoadReport:
             f"{self.dense_bytes:,} dense",
             format_table(rows),
         ]
+        lines += [f"{name}: {text}" for name, text in self.notes.items()]
         if self.ignored:
             lines.append(f"not needed by the model: {', '.join(self.ignored)}")
         return "\n".join(lines)
@@ -75,11 +93,101 @@ _Stored = mlx.PackedWeight | StoredTensor
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Planned:
+    """One parameter or buffer, and what its value is made of."""
+
+    target: _Target
+    form: Form | None  # None: zeros
+    leaves: dict[str, _Stored]
+
+    @property
+    def place(self) -> tuple[str, int]:
+        return min((leaf.place for leaf in self.leaves.values()), default=("", 0))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read for it."""
+        return sum(leaf.nbytes for leaf in self.leaves.values())
+
+    def read(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Read it to `device`, as a parameter of `dtype`.
+
+        Packed weights stay packed where their form can be had so. A dense value that
+        does not survive the way to `dtype` and back (1 + w, in bfloat16) is float32.
+        """
+        name, shape = self.target.name, self.target.parameter.shape
+        if self.form is None:
+            return torch.zeros(shape, dtype=dtype, device=device)
+        parts: dict[str, AffineQuantizedTensor] = {}
+
+        def stored(leaf_name: str) -> Tensor:
+            leaf = self.leaves[leaf_name]
+            if isinstance(leaf, StoredTensor):
+                value = leaf.read()
+                if isinstance(self.form, Stored):  # cast where it was read
+                    value = cast(name, value, dtype)
+                return move(value, device)
+            value = leaf.read(dtype, device)
+            if isinstance(value, AffineQuantizedTensor):
+                parts[leaf_name] = value
+            return value
+
+        if len(self.leaves) == 1:
+            value = self.form.load(stored)
+        else:
+            with _joining:
+                value = self.form.load(stored)
+        if isinstance(value, AffineQuantizedTensor):
+            return value
+        own = self._cast(value, dtype)
+        own = own if own.shape == shape else own.view(shape)
+        if parts:
+            # For saving, which would have to quantize again what this is made of.
+            own.affine_parts = parts  # type: ignore[attr-defined]
+        return own
+
+    def remark(self, value: Tensor) -> str | None:
+        """What the report says of this value: what was not kept as it was stored."""
+        leaves = [v for v in self.leaves.values() if not isinstance(v, StoredTensor)]
+        notes = [leaf.note for leaf in leaves if getattr(leaf, "note", None)]
+        if notes:
+            return notes[0]
+        if not leaves or isinstance(value, AffineQuantizedTensor):
+            return None
+        formats = sorted({leaf.format for leaf in leaves})
+        if len(formats) > 1:
+            pairs = " and ".join(f"{b} bits in groups of {g}" for b, g in formats)
+            return f"dense, since its parts differ: {pairs}"
+        if len(leaves) < len(self.leaves):
+            return "dense, since only a part of it is quantized"
+        return "dense, since its groups run along another axis here"
+
+    def _cast(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        own = cast(self.target.name, value, dtype)
+        forms = [] if self.form is None else list(self.form.forms())
+        if value.is_meta or not any(form.changes_values for form in forms):
+            return own
+        wide = value.to(torch.promote_types(value.dtype, torch.float32))
+        assert self.form is not None
+        back, there = self.form.save(own), self.form.save(wide)
+        exact = all(
+            torch.equal(back[name].to(leaf.dtype), there[name].to(leaf.dtype))
+            for name, leaf in self.leaves.items()
+            if isinstance(leaf, StoredTensor)
+        )
+        return own if exact else wide
+
+
+# Joined weights exist twice for a moment, so one at a time.
+_joining = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Plan:
     """What will go where."""
 
-    items: list[tuple[_Target, _Stored]] = field(default_factory=list)
-    repeated: list[tuple[_Target, _Stored]] = field(default_factory=list)  # tied, twice
+    items: list[Planned] = field(default_factory=list)
+    repeated: list[Planned] = field(default_factory=list)  # of a tied weight, again
     ignored: list[str] = field(default_factory=list)
 
 
@@ -122,7 +230,7 @@ def load_checkpoint_(
     checkpoint = open_checkpoint(folder)
     if not mlx.recognizes(checkpoint):
         raise CheckpointError(f"{folder} is not in MLX format: {_why_not(checkpoint)}")
-    plan = _make_plan(model, checkpoint)
+    plan = make_plan(model, checkpoint)
     report = LoadReport(str(source), ignored=plan.ignored)
     values = list(_read(plan, device, report, progress))
     for target, value in values:
@@ -141,50 +249,103 @@ def _why_not(checkpoint: Checkpoint) -> str:
     )
 
 
-def _make_plan(model: nn.Module, checkpoint: Checkpoint) -> _Plan:
-    """Match the checkpoint's names with the model's; raise if anything does not fit."""
+def make_plan(model: nn.Module, checkpoint: Checkpoint) -> Plan:
+    """Find out where each parameter lies; raise CheckpointError if anything is amiss."""
     problems = mlx.check_settings(checkpoint.config)
     if problems:
         raise _error(checkpoint, {"settings that are not understood": problems})
+    names = Names(model)
     targets, others = _targets(model)
-    columns = {
-        name: target.parameter.shape[-1]
-        for name, target in targets.items()
-        if target.parameter.dim() > 1 and target.parameter.shape[-1]
-    }
+    found, missing = _find(names, targets, checkpoint)
+    columns: dict[str, int] = {}
+    for _, _, shapes in found.values():
+        columns |= {n: shape[-1] for n, shape in shapes.items() if len(shape) > 1}
     packed, broken, parts = mlx.packed_weights(checkpoint, columns)
-    # Packed ones first: of a tied weight that is stored in both ways they are kept.
-    stored: dict[str, _Stored] = dict(packed)
-    stored |= {n: t for n, t in checkpoint.tensors.items() if n not in parts}
 
-    plan, misfits = _Plan(), dict(broken)
-    unexpected: list[str] = []
+    plan, misfits = Plan(), {}
+    used: set[str] = set(parts)
     filled: set[int] = set()
-    for name, value in stored.items():
-        target = targets.get(name)
-        if target is None:
-            (plan.ignored if name in others else unexpected).append(name)
-        elif reason := _misfit(target, value):
-            misfits[name] = _lacks(checkpoint, target, value) or reason
-        elif id(target.parameter) in filled:
-            plan.repeated.append((target, value))
+    # Packed ones first: of a tied weight that is stored in both ways they are kept.
+    in_order = sorted(found.values(), key=lambda f: f[2].keys().isdisjoint(packed))
+    for target, form, shapes in in_order:
+        used |= shapes.keys()
+        leaves: dict[str, _Stored] = {}
+        for name, shape in shapes.items():
+            value = packed.get(name) or checkpoint.tensors[name]
+            reason = broken.get(name) or _misfit(checkpoint, target, shape, value)
+            if reason:
+                misfits[name] = reason
+            leaves[name] = value
+        if id(target.parameter) in filled:
+            plan.repeated.append(Planned(target, form, leaves))
         else:
-            plan.items.append((target, value))
+            plan.items.append(Planned(target, form, leaves))
             filled.add(id(target.parameter))
-    accounted = filled | {id(targets[name].parameter) for name in misfits}
-    missing = [
-        name
-        for name, target in targets.items()
-        if id(target.parameter) not in accounted and name == target.name
-    ]
-    found = {
-        "missing": missing,
+    for name, target in targets.items():
+        if id(target.parameter) not in filled and names.is_absent(name):
+            plan.items.append(Planned(target, None, {}))
+            filled.add(id(target.parameter))
+    unexpected = []
+    for name in checkpoint.tensors:
+        if name not in used:
+            ignored = name in others or names.is_ignored(name)
+            (plan.ignored if ignored else unexpected).append(name)
+    kinds = {
+        "missing": [
+            f"{name}{where}"
+            for name, where in missing.items()
+            if id(targets[name].parameter) not in filled and name == targets[name].name
+        ],
         "unexpected": unexpected,
         "of another shape, format or dtype": [f"{n}: {w}" for n, w in misfits.items()],
     }
-    if any(found.values()):
-        raise _error(checkpoint, found)
+    if any(kinds.values()):
+        raise _error(checkpoint, kinds)
     return plan
+
+
+_Found = tuple["_Target", Form, dict[str, tuple[int, ...]]]
+
+
+def _find(
+    names: Names, targets: dict[str, _Target], checkpoint: Checkpoint
+) -> tuple[dict[str, _Found], dict[str, str]]:
+    """The form of each name whose stored tensors are there, with the shapes that they
+    must have; and the names without one, with what was looked for."""
+    found: dict[str, _Found] = {}
+    missing: dict[str, str] = {}
+    for name, target in targets.items():
+        own = torch.empty(target.parameter.shape, device="meta")
+        possible: list[_Found] = []
+        best: list[str] = []
+        for form in names.forms(name, own.shape):
+            stored = list(form.names())
+            absent = [n for n in stored if n not in checkpoint.tensors]
+            if absent:
+                if not best or len(absent) < len(stored):
+                    best = best or absent
+                continue
+            try:
+                shapes = {n: tuple(t.shape) for n, t in form.save(own).items()}
+            except (ValueError, RuntimeError, IndexError):
+                continue  # a parameter of another kind
+            possible.append((target, form, shapes))
+        if not possible:
+            looked = [n for n in best if n != name]
+            missing[name] = f" ({', '.join(looked[:3])})" if looked else ""
+            continue
+        # Of several, one whose dense tensors have the right shape: convolutions.
+        fits = [f for f in possible if _fits(checkpoint, f[2])]
+        found[name] = (fits or possible)[0]
+    return found, missing
+
+
+def _fits(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> bool:
+    return all(
+        tuple(checkpoint.tensors[name].shape) == shape
+        or checkpoint.tensors[name].dtype in (torch.uint32, torch.int32)
+        for name, shape in shapes.items()
+    )
 
 
 def _targets(model: nn.Module) -> tuple[dict[str, _Target], set[str]]:
@@ -209,32 +370,29 @@ def _targets(model: nn.Module) -> tuple[dict[str, _Target], set[str]]:
     return targets, others
 
 
-def _misfit(target: _Target, stored: _Stored) -> str | None:
-    """Why this tensor cannot go there, or None."""
+def _misfit(
+    checkpoint: Checkpoint, target: _Target, shape: tuple[int, ...], stored: _Stored
+) -> str | None:
+    """Why this tensor cannot go there, or None; `shape` is the one that it must have."""
     own = target.parameter
-    if isinstance(stored, mlx.PackedWeight):
-        if stored.shape != tuple(own.shape):
-            return f"{list(stored.shape)}; the model has {list(own.shape)}"
+    if not isinstance(stored, StoredTensor):
+        if stored.shape != shape:
+            return f"{list(stored.shape)}; the model has {list(shape)}"
         if isinstance(target, _Buffer) or not own.is_floating_point():
             return f"quantized; the model has {layout.name_of(own.dtype)}"
         for _, module, _ in target.places:
             if isinstance(module, nn.Embedding) and module.max_norm is not None:
                 return "quantized; the model's embedding has a max_norm"
         return None
+    if own.is_floating_point() and (lacks := mlx.lone_words(checkpoint, stored)):
+        return lacks
     has, needs = layout.name_of(stored.dtype), layout.name_of(own.dtype)
-    one = math.prod(stored.shape) == own.numel() == 1  # some writers drop its dimension
-    if stored.shape != tuple(own.shape) and not one:
-        return f"{has} {list(stored.shape)}; the model has {list(own.shape)}"
+    one = math.prod(stored.shape) == math.prod(shape) == 1  # some drop its dimension
+    if stored.shape != shape and not one:
+        return f"{has} {list(stored.shape)}; the model has {list(shape)}"
     both_float = stored.dtype.is_floating_point and own.is_floating_point()
     if not both_float and stored.dtype != own.dtype:
         return f"{has}; the model has {needs}"
-    return None
-
-
-def _lacks(checkpoint: Checkpoint, target: _Target, stored: _Stored) -> str | None:
-    """What the file would need beside this tensor to be a packed weight, or None."""
-    if isinstance(stored, StoredTensor) and target.parameter.is_floating_point():
-        return mlx.lone_words(checkpoint, stored)
     return None
 
 
@@ -249,17 +407,17 @@ def _error(checkpoint: Checkpoint, found: dict[str, list[str]]) -> CheckpointErr
 
 
 def _read(
-    plan: _Plan, device: torch.device, report: LoadReport, progress: bool
+    plan: Plan, device: torch.device, report: LoadReport, progress: bool
 ) -> Iterator[tuple[_Target, Tensor]]:
     """Read all tensors to where they belong, in the order of the files.
 
     By several threads: most of the time goes into the first touch of fresh memory.
     """
-    work = sorted(plan.items, key=lambda item: item[1].place)
+    work = sorted(plan.items, key=lambda item: item.place)
 
-    def value_of(item: tuple[_Target, _Stored]) -> Tensor:
-        own = item[0].parameter
-        return _value(*item, device if own.is_meta else own.device)
+    def value_of(item: Planned) -> Tensor:
+        own = item.target.parameter
+        return item.read(own.dtype, device if own.is_meta else own.device)
 
     pool = ThreadPoolExecutor(_READERS)
     try:
@@ -273,56 +431,41 @@ def _read(
             leave=False,
             disable=not progress,
         )
-        for (target, _), value in bar:
-            _note(report, target.name, value)
-            yield target, value
+        for item, value in bar:
+            report.note(item, value)
+            yield item.target, value
     finally:
         pool.shutdown(cancel_futures=True)
-    _check_repeated(plan)
+    check_repeated(plan)
 
 
-def _check_repeated(plan: _Plan) -> None:
+def check_repeated(plan: Plan) -> None:
     """Raise CheckpointError unless what is stored twice for a tied weight is equal.
 
     Both are read again, so that they are compared on the CPU: other devices may round a
     packed one otherwise, and the meta device holds nothing.
     """
-    first = {id(target.parameter): stored for target, stored in plan.items}
-    for target, stored in plan.repeated:
-        kept = first[id(target.parameter)]
-        cpu = torch.device("cpu")
-        if not torch.equal(_value(target, stored, cpu), _value(target, kept, cpu)):
+    first = {id(item.target.parameter): item for item in plan.items}
+    cpu = torch.device("cpu")
+    for again in plan.repeated:
+        kept, dtype = first[id(again.target.parameter)], again.target.parameter.dtype
+        if not torch.equal(again.read(dtype, cpu), kept.read(dtype, cpu)):
+            names = [next(iter(item.leaves)) for item in (kept, again)]
             raise CheckpointError(
-                f"the model ties {kept.name} and {stored.name}, and the checkpoint "
+                f"the model ties {names[0]} and {names[1]}, and the checkpoint "
                 "has different values for them. Untie them first: with "
                 "tie_word_embeddings=False in the configuration (a keyword of "
                 "from_pretrained), or in a module that has none with "
-                f"model.{stored.name} = copy.deepcopy(model.{stored.name})"
+                f"model.{names[1]} = copy.deepcopy(model.{names[1]})"
             )
-
-
-def _note(report: LoadReport, name: str, value: Tensor) -> None:
-    if isinstance(value, AffineQuantizedTensor):
-        report.packed[name] = (value.bits, value.group_size)
-        report.packed_bytes += value.nbytes
-    else:
-        report.dense.append(name)
-        report.dense_bytes += value.nbytes
-
-
-def _value(target: _Target, stored: _Stored, device: torch.device) -> Tensor:
-    own = target.parameter
-    if isinstance(stored, mlx.PackedWeight):
-        return stored.read(own.dtype, device)
-    value = stored.read().view(own.shape)
-    return move(cast(target.name, value, own.dtype), device)
 
 
 def _put(target: _Target, value: Tensor) -> None:
     """Exchange a packed parameter, and what was on the meta device; copy the rest."""
     own = target.parameter
     packed = isinstance(value, AffineQuantizedTensor)
-    if not (packed or own.is_meta or isinstance(own, AffineQuantizedTensor)):
+    as_is = own.is_meta or value.dtype != own.dtype or hasattr(value, "affine_parts")
+    if not (packed or as_is or isinstance(own, AffineQuantizedTensor)):
         try:
             with torch.no_grad():
                 own.copy_(value)
@@ -333,4 +476,12 @@ def _put(target: _Target, value: Tensor) -> None:
         target.put(value)
     else:
         grad = own.requires_grad and not packed
-        target.put(nn.Parameter(value, requires_grad=grad))
+        target.put(as_parameter(value, grad))
+
+
+def as_parameter(value: Tensor, requires_grad: bool) -> nn.Parameter:
+    """A parameter of this value, with the parts that it was made of."""
+    parameter = nn.Parameter(value, requires_grad=requires_grad)
+    if hasattr(value, "affine_parts"):
+        parameter.affine_parts = value.affine_parts  # type: ignore[attr-defined]
+    return parameter

@@ -1,0 +1,257 @@
+"""From the names of a transformers model to those of an MLX checkpoint.
+
+Every parameter of the model is asked where it lies in the checkpoint. The answer is a
+list of forms (`forms.py`), in the order of preference: loading takes the first one whose
+tensors are all there, saving takes the first. They come about in three steps:
+
+1. prefixes, in which packagings differ: `model.language_model.layers…` here is
+   `language_model.model.layers…` or `model.layers…` there;
+2. the renames of the model's family (`families.py`);
+3. rules, those of the family first: experts that are stacked, gate and up apart, and so
+   on. By the kind of its module a convolution is channels-last, a `Conv1D` transposed.
+
+The same way serves loading and saving, so that no rule is written twice, and a model
+that never was an MLX checkpoint is saved as one too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .forms import (
+    ChannelsLast,
+    Form,
+    RowOrder,
+    Rows,
+    Stack,
+    Stored,
+    Transposed,
+    interleaved,
+)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A parameter whose renamed name matches `pattern` as a whole has this form.
+
+    Names in the form may refer to groups of the pattern (``\\1``); a name with ``.*.``
+    stands for one tensor for each expert.
+    """
+
+    pattern: str
+    form: Form
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is special about the model types of one architecture.
+
+    renames: pairs (pattern, replacement) of `re.sub`, applied one after the other to
+        the name of each parameter or buffer, with MLX's prefix.
+    rules: tried before the general ones, on the renamed name.
+    absent: patterns (`re.search`) of the model's own names that MLX has no tensor for;
+        zeros are right for them. They are not saved.
+    ignored: patterns (`re.match`) of stored names that the model has no place for.
+    """
+
+    renames: Sequence[tuple[str, str]] = ()
+    rules: Sequence[Rule] = ()
+    absent: Sequence[str] = ()
+    ignored: Sequence[str] = ()
+
+
+# Of the model's own prefix the ones that packagings of MLX have, the usual one first.
+# mlx-lm writes text alone; mlx-vlm also towers, which it calls by other names.
+_PREFIXES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (
+        "model.language_model.",
+        ("language_model.model.", "model.language_model.", "language_model.", "model."),
+    ),
+    (
+        "model.visual.",
+        ("vision_tower.", "visual.", "model.visual.", "model.vision_tower."),
+    ),
+    (
+        "model.vision_tower.",
+        ("vision_tower.", "vision_tower.vision_model.", "model.vision_tower."),
+    ),
+    ("model.vision_model.", ("vision_model.", "vision_tower.", "model.vision_model.")),
+    (
+        "model.multi_modal_projector.",
+        ("multi_modal_projector.", "model.multi_modal_projector."),
+    ),
+    (
+        "model.",
+        ("model.", "language_model.model.", "model.language_model.", "language_model."),
+    ),
+    (
+        "lm_head.",
+        ("lm_head.", "language_model.lm_head.", "model.language_model.lm_head."),
+    ),
+    ("", ("", "model.", "language_model.model.", "language_model.")),
+)
+
+# Experts: where the module `experts` of transformers is in MLX, and its projections.
+_EXPERTS = (r"\1.switch_mlp", r"\1.experts.switch_glu", r"\1.switch_glu", r"\1.experts")
+_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+
+# Stored tensors that no model has a place for: they can be computed, or belong to heads
+# that only speculative decoding uses.
+_IGNORED = (
+    r".*rotary_emb\.inv_freq$",
+    r".*\.rotary_emb\.(cos|sin)_cached$",
+    r"(.*\.)?mtp\.",
+    r"(.*\.)?mtp_layers\.",
+)
+
+# What belongs to the towers of a model that sees or hears: a text model leaves it.
+_TOWERS = re.compile(
+    r"(model\.)?(vision_tower|visual|vision_model|vision_encoder|vision_embedder|"
+    r"vision_embed_tokens|vision_projection|multi_modal_projector|mm_projector|"
+    r"patch_merger|mlp1|embed_vision|embed_audio|audio_tower|audio_model|"
+    r"vision_resampler|connector|perceive|aligner|image_newline)\b"
+)
+
+# The head of a language model, which a model of its body alone leaves.
+_HEAD = re.compile(r"(language_model\.|model\.)*lm_head\.")
+
+
+class Names:
+    """Where each parameter and buffer of one model lies in MLX checkpoints."""
+
+    def __init__(self, model: nn.Module) -> None:
+        from .families import families_of
+
+        self.model = model
+        config = getattr(model, "config", None)
+        found = families_of(config)
+        self._renames = [pair for family in found for pair in family.renames]
+        self._rules = [rule for family in found for rule in family.rules]
+        self._absent = [re.compile(p) for family in found for p in family.absent]
+        ignored = [*_IGNORED, *(p for family in found for p in family.ignored)]
+        self._ignored = [re.compile(pattern) for pattern in ignored]
+        self._sees = any(
+            getattr(config, key, None) is not None
+            for key in ("vision_config", "audio_config")
+        )
+        modules = dict(model.named_modules())
+        self._modules = modules
+        self._headless = not any("lm_head" in n.split(".") for n in modules)
+        self._nested = any(n.startswith("model.language_model.") for n in modules)
+
+    def forms(self, name: str, shape: Sequence[int]) -> Iterator[Form]:
+        """The forms of a parameter or buffer of this name, the one to save first."""
+        module = self._modules.get(name.rpartition(".")[0])
+        for spelled in self._spelled(name):
+            renamed = spelled
+            for pattern, replacement in self._renames:
+                renamed = re.sub(pattern, replacement, renamed)
+            for rule in (*self._rules, *_expert_rules(name, module)):
+                match = re.fullmatch(rule.pattern, renamed)
+                if match:
+                    yield _expanded(rule.form, match, shape)
+            yield from _own_forms(name, renamed, module)
+
+    def is_absent(self, name: str) -> bool:
+        """Whether MLX has no tensor for this parameter, and zeros are right."""
+        return any(pattern.search(name) for pattern in self._absent)
+
+    def is_ignored(self, stored: str) -> bool:
+        """Whether the model needs nothing that is stored under this name."""
+        if not self._sees and _TOWERS.match(stored):
+            return True
+        if self._headless and _HEAD.match(stored):
+            return True
+        return any(pattern.match(stored) for pattern in self._ignored)
+
+    def _spelled(self, name: str) -> Iterator[str]:
+        """The name with each of the prefixes that it may have in MLX."""
+        for own, stored in _PREFIXES:
+            if name.startswith(own):
+                if own == "lm_head." and self._nested:  # beside the text model there
+                    stored = (stored[1], stored[0], stored[2])
+                for prefix in stored:
+                    yield prefix + name[len(own) :]
+                return
+
+
+def _own_forms(name: str, stored: str, module: nn.Module | None) -> Iterator[Form]:
+    """Alone under its name, as the kind of its module has it."""
+    own = name.rpartition(".")[2]
+    if own == "weight" and isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        yield ChannelsLast(stored)
+    if own == "weight" and type(module).__name__ == "Conv1D":  # transformers' own
+        yield Transposed(stored)
+        return
+    yield Stored(stored)
+
+
+def _expert_rules(name: str, module: nn.Module | None) -> Iterator[Rule]:
+    """Where the experts of a layer may be: stacked, or one by one; gate and up apart.
+
+    transformers has them in one parameter each, `gate_up_proj` ``[E, 2 * I, H]`` and
+    `down_proj` ``[E, H, I]``; some transposed, some with the rows of gate and up in
+    turn, which their module says.
+    """
+    own = name.rpartition(".")[2]
+    kind, _, bias = own.partition("_proj")
+    if kind not in ("gate_up", "down", "up", "gate") or bias not in ("", "_bias"):
+        return
+    end = "bias" if bias else "weight"
+
+    def whole(form: Form) -> Form:
+        if kind == "gate_up" and not getattr(module, "is_concatenated", True):
+            form = RowOrder(form, interleaved)
+        if end == "weight" and getattr(module, "is_transposed", False):
+            form = Transposed(form)
+        return form
+
+    pattern = rf"(.*)\.experts\.{own}"
+    for names in _NAMES:
+        gate, up, down = names
+        used = {"gate_up": (gate, up), "down": (down,), "up": (up,), "gate": (gate,)}
+        for place in _EXPERTS:
+            parts: list[Form] = [
+                Stored(rf"{place}.{part}.{end}") for part in used[kind]
+            ]
+            yield Rule(pattern, whole(parts[0] if len(parts) == 1 else Rows(*parts)))
+        lists: list[Form] = [
+            Stack(rf"\1.experts.*.{part}.{end}") for part in used[kind]
+        ]
+        yield Rule(pattern, whole(lists[0] if len(lists) == 1 else Rows(*lists)))
+    for place in _EXPERTS:
+        yield Rule(pattern, whole(Stored(rf"{place}.{kind}_proj.{end}")))
+
+
+def _expanded(form: Form, match: re.Match[str], shape: Sequence[int]) -> Form:
+    """The form with the groups of the match filled in, and its experts counted."""
+    return _counted(form.renamed(lambda name: match.expand(name)), shape)
+
+
+def _counted(form: Form, shape: Sequence[int]) -> Form:
+    if isinstance(form, Stack) and len(form.parts) == 1:
+        (one,) = form.parts
+        return Stack(*(one.renamed(_numbered(index)) for index in range(shape[0])))
+    new = form.renamed(lambda name: name)
+    if form.parts:
+        new.parts = [_counted(part, shape) for part in form.parts]
+    return new
+
+
+def _numbered(index: int) -> Callable[[str], str]:
+    return lambda name: name.replace(".*.", f".{index}.")
+
+
+def model_types(config: Any) -> list[str]:
+    """The model type of a configuration and of its text part."""
+    if config is None:
+        return []
+    types = [getattr(config, "model_type", None)]
+    if hasattr(config, "get_text_config"):
+        types.append(getattr(config.get_text_config(), "model_type", None))
+    return [t for t in dict.fromkeys(types) if t]
