@@ -18,11 +18,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
+from .families import Rule, families_of
 from .forms import (
     ChannelsLast,
     Form,
@@ -33,37 +32,6 @@ from .forms import (
     Transposed,
     interleaved,
 )
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A parameter whose renamed name matches `pattern` as a whole has this form.
-
-    Names in the form may refer to groups of the pattern (``\\1``); a name with ``.*.``
-    stands for one tensor for each expert.
-    """
-
-    pattern: str
-    form: Form
-
-
-@dataclass(frozen=True)
-class Family:
-    """What is special about the model types of one architecture.
-
-    renames: pairs (pattern, replacement) of `re.sub`, applied one after the other to
-        the name of each parameter or buffer, with MLX's prefix.
-    rules: tried before the general ones, on the renamed name.
-    absent: patterns (`re.search`) of the model's own names that MLX has no tensor for;
-        zeros are right for them. They are not saved.
-    ignored: patterns (`re.match`) of stored names that the model has no place for.
-    """
-
-    renames: Sequence[tuple[str, str]] = ()
-    rules: Sequence[Rule] = ()
-    absent: Sequence[str] = ()
-    ignored: Sequence[str] = ()
-
 
 # Of the model's own prefix the ones that packagings of MLX have, the usual one first.
 # mlx-lm writes text alone; mlx-vlm also towers, which it calls by other names.
@@ -125,8 +93,6 @@ class Names:
     """Where each parameter and buffer of one model lies in MLX checkpoints."""
 
     def __init__(self, model: nn.Module) -> None:
-        from .families import families_of
-
         self.model = model
         config = getattr(model, "config", None)
         found = families_of(config)
@@ -245,13 +211,3 @@ def _counted(form: Form, shape: Sequence[int]) -> Form:
 
 def _numbered(index: int) -> Callable[[str], str]:
     return lambda name: name.replace(".*.", f".{index}.")
-
-
-def model_types(config: Any) -> list[str]:
-    """The model type of a configuration and of its text part."""
-    if config is None:
-        return []
-    types = [getattr(config, "model_type", None)]
-    if hasattr(config, "get_text_config"):
-        types.append(getattr(config.get_text_config(), "model_type", None))
-    return [t for t in dict.fromkeys(types) if t]
