@@ -20,7 +20,7 @@ import socket
 import socketserver
 import tempfile
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -47,12 +47,19 @@ class Request:
     token: bool
     range: str | None
 
+    @property
+    def is_peek(self) -> bool:
+        """Whether it names the last byte it wants; to resume a download does not."""
+        return bool(re.fullmatch(r"bytes=\d+-\d+", self.range or ""))
+
 
 class HubServer:
     """Serves model repos, each of them a folder or one folder per revision.
 
     ``token`` opens the repos in ``private`` (hidden from everyone else) and in
     ``gated`` (listed for everyone, files refused). ``home`` is a scratch folder.
+    ``ranges`` says what becomes of a request for a part of a file: "served", "ignored"
+    (the whole file is sent) or "refused", as servers and proxies do that lack them.
     """
 
     def __init__(
@@ -62,12 +69,15 @@ class HubServer:
         *,
         private: Collection[str] = (),
         gated: Collection[str] = (),
+        ranges: str = "served",
     ) -> None:
         self.repos = {
             name: source if isinstance(source, Mapping) else {"main": source}
             for name, source in repos.items()
         }
         self.token, self.private, self.gated = token, private, gated
+        assert ranges in ("served", "ignored", "refused")
+        self.ranges = ranges
         self.requests: list[Request] = []
         self._cuts: dict[str, int] = {}
 
@@ -95,9 +105,17 @@ class HubServer:
 
     @property
     def downloads(self) -> list[str]:
-        """Names of the files whose contents were sent, in order."""
+        """Names of the files whose contents were sent to their end, in order."""
+        return self._sent(lambda r: not r.is_peek)
+
+    @property
+    def peeks(self) -> list[str]:
+        """Names of the files of which a part was asked for, as of headers, in order."""
+        return self._sent(lambda r: r.is_peek)
+
+    def _sent(self, wanted: Callable[[Request], bool]) -> list[str]:
         served = (r for r in self.requests if r.method == "GET" and r.status < 300)
-        routes = (_ROUTE.fullmatch(r.path) for r in served)
+        routes = (_ROUTE.fullmatch(r.path) for r in served if wanted(r))
         return [unquote(m["path"]) for m in routes if m and m["what"] == "resolve"]
 
     def snapshot(
@@ -167,7 +185,11 @@ class _Handler(BaseHTTPRequestHandler):
         except KeyError as error:
             return _refuse(404, "RevisionNotFound", f"Invalid rev id: {error}")
         if what == "resolve" and path in files:
-            return _contents(files[path], commit, self.headers["Range"])
+            wanted = self.headers["Range"]
+            if wanted and hub.ranges == "refused":
+                return _refuse(501, "", "Ranges are not implemented")
+            part = wanted if hub.ranges == "served" else None
+            return _contents(files[path], commit, part)
         if what == "tree" and (tree := _tree(files, path, "true" in str(query))):
             return _json(tree)
         if what in ("tree", "resolve"):

@@ -305,7 +305,8 @@ def put(folder: Path, *names: str, **tensors: Tensor) -> None:
 
 
 def put_index(folder: Path, *names: str) -> None:
-    weight_map = {f"t{i}": name for i, name in enumerate(names)}
+    """An index of the files that `put` writes."""
+    weight_map = {name: name for name in names}
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 

@@ -236,6 +236,30 @@ def test_ranges(server: HubServer, wanted: str, status: int, part: bytes) -> Non
     assert (answer.status_code, answer.content) == (status, part)
 
 
+@pytest.mark.parametrize(("ranges", "status"), [("ignored", 200), ("refused", 501)])
+def test_a_server_without_ranges(server: HubServer, ranges: str, status: int) -> None:
+    server.ranges = ranges
+    url = huggingface_hub.hf_hub_url("org/model", "model.safetensors")
+    answer = huggingface_hub.get_session().get(url, headers={"Range": "bytes=0-9"})
+    content = WEIGHTS if status == 200 else b""
+    assert (answer.status_code, answer.content) == (status, content)
+    assert hf_hub_download("org/model", "model.safetensors")  # asks for the whole
+
+
+def test_a_header_is_a_peek_and_a_file_is_a_download(
+    server: HubServer, folder: Path
+) -> None:
+    header = json.dumps({"a": {"dtype": "U8", "shape": [9], "data_offsets": [0, 9]}})
+    content = len(header).to_bytes(8, "little") + header.encode() + bytes(9)
+    (folder / "model.safetensors").write_bytes(content)
+    api = HfApi()
+    found = api.parse_safetensors_file_metadata("org/model", "model.safetensors")
+    assert set(found.tensors) == {"a"}
+    assert (server.peeks, server.downloads) == (["model.safetensors"], [])
+    hf_hub_download("org/model", "model.safetensors")
+    assert (server.peeks, server.downloads) == (["model.safetensors"],) * 2
+
+
 @pytest.mark.parametrize("repo", ["org/model", "single"])
 def test_info_and_listings(server: HubServer, folder: Path, repo: str) -> None:
     info = huggingface_hub.model_info(repo)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from .forms import Form, PlusOne, Rows, Scaled, Stored, Transposed  # noqa: F401
-from .names import Family, model_types
 
 
 @dataclass(frozen=True)

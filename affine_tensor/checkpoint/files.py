@@ -392,7 +392,7 @@ def _choose(
     strays = [name for name in candidates if name not in indexed]
     stale = ""
     if absent:
-        stale = f"it names {_listed(absent)}, not there"
+        stale = f"it names {_listed(absent)}, and there is no such file"
     elif indexed:
         stale = _contradiction(index, names_of(indexed))
         if not stale and strays and not _quantized(index):
@@ -400,7 +400,7 @@ def _choose(
             named = names_of(strays)
             better = [name for name in strays if _quantized(named[name])]
             if better:
-                stale = f"it names no .scales, which {_listed(better)} has"
+                stale = f"it names no .scales, and there are some in {_listed(better)}"
         if not stale:
             return _Choice(indexed, index)
         if not strays:

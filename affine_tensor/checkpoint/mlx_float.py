@@ -92,13 +92,13 @@ def as_dense(
         value = _look_up(_e4m3() if bits == 8 else _e2m1(), own)
         value.unflatten(-1, (-1, group_size)).mul_(scales[part])
         if not bool(value.isfinite().all()):
-            row, column = (int(i) for i in value.isfinite().logical_not().nonzero()[0])
+            row, column = _first(value.isfinite())
             at = [*_place(row + part.start, weight.shape[:-1]), column]
+            scale = float(scales[part][row, column // group_size])
             raise CheckpointError(
                 f"{name} is {float(value[row, column])} at {at} (code "
-                f"{int(own[row, column])}, scale {float(scales[part][row, column // group_size]):g}); "
-                "only finite weights are loaded. Fetch the file again, or convert the "
-                "model again"
+                f"{int(own[row, column])}, scale {scale:g}); only finite weights are "
+                "loaded. Fetch the file again, or convert the model again"
             )
         rows[part] = cast(name, value, dtype)
     return weight
@@ -117,18 +117,16 @@ def _group_scales(
             f"{_beside(name, 'global_scale')} holds {bad}; only finite numbers are "
             "allowed. Fetch the file again, or convert the model again"
         )
-    one = global_scale.numel() == 1
-    per_matrix = (1, 1, 1) if one else (*codes.shape[:-2], 1, 1)
+    shape = () if global_scale.numel() == 1 else (*codes.shape[:-2], 1, 1)
     # In this order MLX multiplies, and rounds.
-    factor = global_scale.float().div(_LARGEST).view(per_matrix[-codes.dim() :])
-    return scales.mul_(factor)
+    return scales.mul_(global_scale.float().view(shape).div(_LARGEST))
 
 
 def _check(codes: Tensor, values: Tensor, mode: str, name: str) -> None:
     """Raise CheckpointError where a scale, or a multiple of it, is not finite."""
     if bool(values.isfinite().all()):
         return
-    at = [int(i) for i in values.isfinite().logical_not().nonzero()[0]]
+    at = _first(values.isfinite())
     code = int(codes[tuple(at)])
     table = _e4m3() if mode == "nvfp4" else _e8m0()
     allowed = {
@@ -205,8 +203,18 @@ def _slices(count: int, columns: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, count, step)]
 
 
+def _first(good: Tensor) -> list[int]:
+    """Where the first is that is not good."""
+    return [int(i) for i in good.logical_not().nonzero()[0]]
+
+
 def _place(row: int, lead: torch.Size) -> list[int]:
-    return [int(i) for i in torch.unravel_index(torch.tensor(row), lead)]
+    """The index in dimensions `lead` of a row that was counted through."""
+    place: list[int] = []
+    for size in reversed(lead):
+        row, index = divmod(row, size)
+        place.insert(0, index)
+    return place
 
 
 def _beside(name: str, part: str) -> str:
