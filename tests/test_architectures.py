@@ -27,9 +27,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from affine_tensor import AffineQuantizedTensor, load_checkpoint_
+from affine_tensor import AffineQuantizedTensor, load_checkpoint_, save_checkpoint
 from affine_tensor.checkpoint.files import open_checkpoint
 from affine_tensor.checkpoint.load import Plan, make_plan
+from affine_tensor.checkpoint.names import Names
 
 CASES = [
     *architectures.CASES,
@@ -123,3 +124,32 @@ def test_logits_are_those_of_mlx_lm_with_scales_of_16_bits(
 ) -> None:
     write_mlx_checkpoint(CASES[0], tmp_path, dtype=dtype)
     assert_speaks_as_in_mlx_lm(CASES[0], tmp_path)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_saving_gives_the_same_file_back(case: Case, tmp_path: Path) -> None:
+    if case.model_type not in CONFIG_MAPPING:
+        pytest.skip(f"the installed transformers does not know {case.model_type}")
+    first, again = tmp_path / "first", tmp_path / "again"
+    write_mlx_checkpoint(case, first)
+    model = stock_model(first, case.model_class)
+    load_checkpoint_(model, first)
+
+    save_checkpoint(model, again)
+
+    old, new = tensors_of(first), tensors_of(again)
+    assert new.keys() - old.keys() == set()
+    left_out = {n for n in old.keys() - new.keys() if not Names(model).is_ignored(n)}
+    assert left_out == set()
+    for name, tensor in new.items():
+        assert (tensor.dtype, tensor.shape) == (old[name].dtype, old[name].shape), name
+        assert torch.equal(tensor, old[name]), name
+    generator = torch.Generator().manual_seed(1)
+    vocabulary = model.config.get_text_config().vocab_size
+    input_ids = torch.randint(vocabulary, (1, case.tokens), generator=generator)
+    assert torch.equal(mlx_logits(again, input_ids), mlx_logits(first, input_ids))
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    stored = open_checkpoint(folder).tensors
+    return {name: tensor.read() for name, tensor in stored.items()}

@@ -15,6 +15,7 @@ import struct
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,7 @@ def fetch(
     folder = _own_folder(source)
     if folder is not None:
         return folder
-    hub = {"cache_dir": cache_dir, "token": token}
+    hub: dict[str, Any] = {"cache_dir": cache_dir, "token": token}
     return _fetch_repository(str(source), revision, local_files_only, hub)
 
 
@@ -173,21 +174,18 @@ def probe(
     folder = _own_folder(source)
     if folder is not None:
         return _read_config(folder / CONFIG)
-    repo, hub = str(source), {"cache_dir": cache_dir, "token": token}
+    repo = str(source)
+    hub: dict[str, Any] = {"cache_dir": cache_dir, "token": token}
     try:
-        path = hf_hub_download(
+        path: Any = hf_hub_download(
             repo, CONFIG, revision=revision, local_files_only=local_files_only, **hub
         )
     except LocalEntryNotFoundError:
         # No network, and no such file in the cache. A snapshot that is there may well
         # be of a repository without one; huggingface_hub raises if it knows better.
-        try:
-            snapshot = _snapshot(repo, [CONFIG], revision, True, hub)
-        except LocalEntryNotFoundError:
-            snapshot = None
-        if snapshot is None:
-            raise
-        return _read_config(snapshot / CONFIG)
+        with suppress(LocalEntryNotFoundError):
+            return _read_config(_snapshot(repo, [CONFIG], revision, True, hub) / CONFIG)
+        raise
     except EntryNotFoundError:
         return {}
     return _read_config(Path(path))
@@ -235,13 +233,15 @@ def _fetch_repository(
     if set(_candidates(there)) <= indexed <= there:
         files = sorted(indexed)  # all there are: no header would change that
     else:
+        known: dict[str, Collection[str]] = {}
 
-        def names_of(files: Sequence[str]) -> dict[str, Collection[str]]:
-            def peek(file: str) -> Collection[str]:
-                return _peek(folder, repo, file, hub)
+        def peek(name: str) -> None:
+            known[name] = _peek(folder, repo, name, hub)
 
+        def names_of(files: Sequence[str]) -> Mapping[str, Collection[str]]:
             with ThreadPoolExecutor(8) as pool:
-                return dict(zip(files, pool.map(peek, files), strict=True))
+                list(pool.map(peek, [name for name in files if name not in known]))
+            return known
 
         where = f"the repository {repo} (commit {commit})"
         files = _choose(where, there, index, names_of).files
@@ -258,27 +258,28 @@ def _snapshot(
     local_files_only: bool,
     hub: dict[str, Any],
 ) -> Path:
-    return Path(
-        snapshot_download(
-            repo,
-            revision=revision,
-            local_files_only=local_files_only,
-            allow_patterns=list(patterns),
-            ignore_patterns=["*/*.safetensors"],  # a checkpoint is one folder
-            **hub,
-        )
+    path: Any = snapshot_download(
+        repo,
+        revision=revision,
+        local_files_only=local_files_only,
+        allow_patterns=list(patterns),
+        ignore_patterns=["*/*.safetensors"],  # a checkpoint is one folder
+        **hub,
     )
+    return Path(path)
 
 
 def _listing(repo: str, commit: str, token: str | bool | None) -> set[str] | None:
     """The safetensors files at the top of a repository; None if it cannot be asked."""
     try:
-        entries = list(HfApi(token=token).list_repo_tree(repo, revision=commit))
+        # Not list_repo_tree, which tries again for 20 seconds if nobody answers.
+        info = HfApi(token=token).repo_info(repo, revision=commit, timeout=10)
     except Exception:
         # No network, Hub down, no access: for all of them snapshot_download has taken
         # the cache, or will raise what it is.
         return None
-    return {e.path for e in entries if e.path.endswith(".safetensors")}
+    names = {sibling.rfilename for sibling in info.siblings or []}
+    return {n for n in names if n.endswith(".safetensors") and "/" not in n}
 
 
 def _peek(folder: Path, repo: str, name: str, hub: dict[str, Any]) -> Collection[str]:
@@ -384,7 +385,8 @@ def _choose(
     """Choose among the safetensors files that are there, in a folder or repository.
 
     `names_of` reads headers, which may need the network: it gives the names of the
-    tensors in each of some files. No files are chosen if none could be weights.
+    tensors in each of the files that it is asked for, at least. No files are chosen if
+    none could be weights.
     """
     candidates = _candidates(there)
     indexed = sorted(set(index.values()))
@@ -412,9 +414,9 @@ def _choose(
         if len(quantized) != 1:
             raise CheckpointError(
                 f"{where} holds {len(sets)} sets of weights: "
-                f"{'; '.join(_listed(s) for s in sets)}. Allowed is one, or one that "
-                f"has tensors named *.scales, as MLX's quantized weights do; here "
-                f"{'several have' if quantized else 'none has'} them. Put the files "
+                f"{'; '.join(_listed(s) for s in sets)}. Of several, exactly one may "
+                "have tensors named *.scales, as MLX's quantized weights do, and is "
+                f"read; here {len(quantized) or 'none'} of them have. Put the files "
                 "that belong together into a folder of their own, with the config.json, "
                 "and load that"
             )
@@ -446,8 +448,8 @@ def _contradiction(index: dict[str, str], named: Mapping[str, Collection[str]]) 
     for name, file in sorted(index.items()):
         if name not in named[file]:
             return f"it says that {name} is in {file}, which lacks it"
-    for file, names in sorted(named.items()):
-        for name in sorted(names):
+    for file in sorted(set(index.values())):
+        for name in sorted(named[file]):
             if name.endswith(".scales") and name not in index:
                 return f"it lacks {name}, which {file} has"
     return ""

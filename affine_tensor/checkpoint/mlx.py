@@ -49,13 +49,22 @@ class PackedWeight:
         return (*self.scales.shape[:-1], self.scales.shape[-1] * self.group_size)
 
     @property
-    def format(self) -> tuple[int, int] | None:
-        """Bits and group size of what `read` returns; None if that is dense."""
+    def format(self) -> tuple[int, int]:
+        """Bits and group size of the packed tensor that is read."""
         return self.bits, self.group_size
 
     @property
     def place(self) -> tuple[str, int]:
         return self.packed.place
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read for it."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        return self.packed, self.scales
 
     @property
     def note(self) -> str | None:
@@ -72,6 +81,10 @@ class AffineWeight(PackedWeight):
     """Codes that are evenly spaced, with the biases of their groups."""
 
     biases: StoredTensor
+
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        return self.packed, self.scales, self.biases
 
     def read(self, dtype: torch.dtype, device: torch.device) -> AffineQuantizedTensor:
         """Read it, as a tensor that counts as `dtype`; the words are moved first."""
@@ -103,15 +116,23 @@ class FloatWeight(PackedWeight):
     global_scale: StoredTensor | None = None
 
     @property
-    def format(self) -> tuple[int, int] | None:
-        return None if self._why_dense else (mlx_float.AFFINE_BITS, self.group_size)
+    def format(self) -> tuple[int, int]:
+        """Bits and group size of the packed tensor that is read, or of the stored one
+        if that is read as a dense one."""
+        bits = self.bits if self._why_dense else mlx_float.AFFINE_BITS
+        return bits, self.group_size
+
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        whole = () if self.global_scale is None else (self.global_scale,)
+        return self.packed, self.scales, *whole
 
     @property
     def note(self) -> str:
         if self.mode == "mxfp8":
             return "mxfp8 is not affine: made dense"
         if self._why_dense:
-            return f"{self.mode} is kept as 5-bit affine, but {self._why_dense}: made dense"
+            return f"{self.mode}: made dense, since {self._why_dense}"
         if self.global_scale is None:
             how, scale_bits = f"{self.mode}: kept exactly", 16
         else:
@@ -186,8 +207,10 @@ def _named(entry: dict[str, Any], general: dict[str, Any]) -> set[Format]:
     """The formats that settings may mean. Of a module's own settings one may be absent:
     it is MLX's default then, or in other writers' files the general one."""
     mode = _mode(entry)
-    if mode in mlx_float.MODES:
+    if mode in tuple(mlx_float.MODES):  # it may be anything, a list for example
         return {(mode, *mlx_float.MODES[mode])}
+    if mode != AFFINE:
+        return set()
     bits, group_size = entry.get("bits"), entry.get("group_size")
     pairs = [(bits, group_size)]
     if general and entry.keys() & {"bits", "group_size", "mode"}:
@@ -233,10 +256,12 @@ def _check_entry(where: str, entry: dict[str, Any]) -> list[str]:
     for key, allowed in zip(("bits", "group_size"), pair, strict=True):
         value = entry.get(key, allowed[0])
         if type(value) is not int or value not in allowed:
-            of = "" if mode == AFFINE else f" for {mode}"
-            problems.append(
-                f"{where}: {key} is {value!r}; allowed are {layout.join(allowed)}{of}"
-            )
+            may_be = f"allowed are {layout.join(allowed)}"
+            if mode != AFFINE:
+                may_be = (
+                    f"{mode} has {allowed[0]}. Correct config.json, or leave it out"
+                )
+            problems.append(f"{where}: {key} is {value!r}; {may_be}")
     return problems
 
 
@@ -272,12 +297,12 @@ def packed_weights(
         if isinstance(found, PackedWeight):
             found = config.refuses(found, stem) or found
         parts |= {name, f"{stem}scales", _biases(checkpoint, stem)}
+        if checkpoint.tensors[f"{stem}scales"].dtype == torch.uint8:
+            parts.add(f"{stem}global_scale")
         if isinstance(found, str):
             broken[name] = found
         else:
             weights[name] = found
-            if isinstance(found, FloatWeight) and found.global_scale:
-                parts.add(found.global_scale.name)
     return weights, broken, parts & checkpoint.tensors.keys()
 
 
@@ -306,23 +331,16 @@ def _packed_weight(
     if packed.dtype not in (torch.uint32, torch.int32):
         return f"its words are {layout.name_of(packed.dtype)}; U32 is needed"
     for part in (scales, biases):
-        if part and part.dtype not in layout.WEIGHT_DTYPES and not is_float:
+        if part and not is_float and part.dtype not in layout.WEIGHT_DTYPES:
             seen = layout.name_of(part.dtype)
             return f"{part.name} is {seen}; allowed are F32, F16, BF16"
     if not (packed.shape and scales.shape) or not all(packed.shape + scales.shape):
         return f"its shape is {list(packed.shape)}, its scales' {list(scales.shape)}"
-    if (
-        biases
-        and biases.shape != scales.shape
-        or scales.shape[:-1] != packed.shape[:-1]
-    ):
-        others = f"scales {list(scales.shape)}"
-        if biases:
-            others = f", {others} and biases {list(biases.shape)}"
-        return (
-            f"weight {list(packed.shape)}{others if biases else ' and ' + others} do "
-            "not have the same rows and groups"
-        )
+    same = biases is None or biases.shape == scales.shape
+    if not same or scales.shape[:-1] != packed.shape[:-1]:
+        named = {"weight": packed, "scales": scales, "biases": biases}
+        *most, last = [f"{k} {list(v.shape)}" for k, v in named.items() if v]
+        return f"{', '.join(most)} and {last} do not have the same rows and groups"
     bits, rest = divmod(32 * packed.shape[-1], columns)
     group_size, rest_of_group = divmod(columns, scales.shape[-1])
     if rest or rest_of_group or bits not in layout.BITS:
@@ -354,17 +372,22 @@ def _float_weight(
             f"are {layout.join(allowed)}. Convert the model again"
         )
     mode = modes[0]
-    whole = tensors.get(f"{stem}global_scale") if mode == "nvfp4" else None
-    if whole:
+    whole = tensors.get(f"{stem}global_scale")
+    if whole is not None:
+        if mode != "nvfp4":
+            return (
+                f"it is {mode} and has {whole.name}; only nvfp4 has a global scale. "
+                "Convert the model again"
+            )
         if whole.dtype not in layout.WEIGHT_DTYPES:
             seen = layout.name_of(whole.dtype)
             return f"{whole.name} is {seen}; allowed are F32, F16, BF16"
         lead = packed.shape[:-2]
         if math.prod(whole.shape) != 1 and whole.shape not in (lead, (*lead, 1, 1)):
+            or_many = f", or {list(lead)} of them" if lead else ""
             return (
-                f"{whole.name} is {list(whole.shape)}; one number is needed"
-                + (f", or one for each of {list(lead)}" if lead else "")
-                + ". Convert the model again"
+                f"{whole.name} is {list(whole.shape)}; it must be one number{or_many}. "
+                "Convert the model again"
             )
     return FloatWeight(name, packed, scales, bits, group_size, mode, whole)
 

@@ -7,6 +7,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,8 @@ from ..quantize import slots
 from ..tensor import AffineQuantizedTensor, logger
 from .companions import mlx_config, origin_of, write_companions, write_json
 from .files import CONFIG, INDEX, as_dtype, cast
+from .forms import Form, dense
+from .names import Names
 
 Unsupported = Literal["error", "dense", "requantize"]
 
@@ -191,23 +194,28 @@ def _entries(
             "'requantize'"
         )
     main = Counter(weight._dtype for weight in _packed(model)).most_common(1)
-    entries, problems = [], []
-    for slot in slots(model).values():
-        name, value = slot.name, slot.parameter
-        if not isinstance(value, AffineQuantizedTensor):
-            dtype = scales if main and value.dtype == main[0][0] else None
-            entries.append(_dense_entry(name, value, dtype, report))
+    names = Names(model)
+    entries: list[_Entry] = []
+    problems: list[str] = []
+    for name, value in _values(model):
+        if names.is_absent(name):
             continue
-        reason = _misfit(name, value)
-        if reason and unsupported == "error":
-            problems.append(f"  {name}: {reason}")
-        elif reason and (unsupported == "dense" or not _is_weight(name)):
-            report.changed[name] = f"written dense ({reason})"
-            entries.append(_dense_entry(name, value, scales, report))
-        else:
-            if reason:
-                report.changed[name] = f"requantized ({reason})"
-            entries.append(_packed_entry(name, value, scales, bool(reason), report))
+        form = next(names.forms(name, value.shape))
+        dtype = scales if main and _counts_as(value, form, main[0][0]) else None
+        for piece in _pieces(form, value):
+            reason = _misfit(piece, value)
+            if reason and unsupported == "error":
+                problems.append(f"  {piece.name}: {reason}")
+            elif reason and (unsupported == "dense" or not _is_weight(piece.name)):
+                report.changed[piece.name] = f"written dense ({reason})"
+                entries.append(_dense_entry(piece, scales, report))
+            elif reason or isinstance(piece.like, AffineQuantizedTensor):
+                if reason:
+                    report.changed[piece.name] = f"requantized ({reason})"
+                origin = value if isinstance(value, AffineQuantizedTensor) else None
+                entries.append(_packed_entry(piece, scales, reason, origin, report))
+            else:
+                entries.append(_dense_entry(piece, dtype, report))
     if problems:
         raise ValueError(
             "MLX has no form for these weights:\n"
@@ -215,21 +223,88 @@ def _entries(
             + "\nPass unsupported='dense' to write them dense, or 'requantize' to "
             "quantize them anew (which loses accuracy)"
         )
+    return entries
+
+
+def _values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Each distinct parameter, then each persistent buffer, by its (first) name."""
+    for slot in slots(model).values():
+        yield slot.name, slot.parameter
     for prefix, module in model.named_modules():
         for own, buffer in module._buffers.items():
             if buffer is not None and own not in module._non_persistent_buffers_set:
-                name = f"{prefix}.{own}" if prefix else own
-                entries.append(_dense_entry(name, buffer, None, report))
-    return entries
+                yield (f"{prefix}.{own}" if prefix else own), buffer
+
+
+def _counts_as(value: Tensor, form: Form, dtype: torch.dtype) -> bool:
+    """Whether a dense parameter is stored in the dtype of the scales: those of the
+    model's dtype, and those that are wider only while they are loaded."""
+    changes = any(part.changes_values for part in form.forms())
+    return isinstance(value, nn.Parameter) and (value.dtype == dtype or changes)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A tensor of the file: like what it is, on the meta device, and how to make it."""
+
+    name: str
+    like: Tensor
+    make: Callable[[], Tensor]
+
+
+def _pieces(form: Form, value: Tensor) -> Iterator[_Piece]:
+    """What a parameter is in the file."""
+    value = value.detach() if not hasattr(value, "affine_parts") else value
+    kept = _parts_of(form, value)
+
+    def piece(name: str) -> Tensor:
+        return form.save(value.detach())[name]
+
+    for name, like in form.save(_on_meta(value)).items():
+        if name in kept:
+            part = kept[name]
+            yield _Piece(name, _on_meta(part), partial(_itself, part))
+        else:
+            yield _Piece(name, like, partial(piece, name))
+
+
+def _itself(value: Tensor) -> Tensor:
+    return value
+
+
+def _on_meta(value: Tensor) -> Tensor:
+    """Shape, dtype and format without the numbers."""
+    if isinstance(value, AffineQuantizedTensor):
+        return value.detach()._map(lambda part: part.to("meta"))  # type: ignore
+    return torch.empty(value.shape, dtype=value.dtype, device="meta")
+
+
+def _parts_of(form: Form, value: Tensor) -> dict[str, AffineQuantizedTensor]:
+    """The packed parts that a dense parameter was made of when it was loaded, if it
+    still is what they make; they are then written as they were read."""
+    parts = getattr(value, "affine_parts", {})
+    if not parts or not parts.keys() <= set(form.names()):
+        return {}
+    parts = {name: part.to(value.device) for name, part in parts.items()}
+    others = form.save(value.detach())
+    whole = form.load(lambda name: parts.get(name, others[name]))
+    counted = next(iter(parts.values()))._dtype
+    same = torch.equal(whole.to(counted).to(value.dtype).view(value.shape), value)
+    return parts if same else {}
 
 
 def _is_weight(name: str) -> bool:
     return name == "weight" or name.endswith(".weight")
 
 
-def _misfit(name: str, weight: AffineQuantizedTensor) -> str | None:
+def _misfit(piece: _Piece, value: Tensor) -> str | None:
     """Why MLX cannot hold this weight as it is, or None."""
-    if not _is_weight(name):
+    weight = piece.like
+    if not isinstance(weight, AffineQuantizedTensor):
+        if isinstance(value, AffineQuantizedTensor):
+            return "MLX keeps it in another form, with groups along another axis"
+        return None
+    if not _is_weight(piece.name):
         return "MLX keeps scales and biases beside a parameter called weight"
     if weight.permutation is not None:
         return "its columns are permuted (act-order)"
@@ -241,17 +316,18 @@ def _misfit(name: str, weight: AffineQuantizedTensor) -> str | None:
 
 
 def _dense_entry(
-    name: str, value: Tensor, dtype: torch.dtype | None, report: SaveReport
+    piece: _Piece, dtype: torch.dtype | None, report: SaveReport
 ) -> _Entry:
+    name = piece.name
     if dtype is None:
-        dtype = _storable(value.dtype)
-    if value.dtype == torch.float64:
+        dtype = _storable(piece.like.dtype)
+    if piece.like.dtype == torch.float64:
         report.changed.setdefault(
             name, f"written as {layout.name_of(dtype)}, from float64"
         )
 
     def make() -> dict[str, Tensor]:
-        dense = value.detach()
+        dense = piece.make()
         if isinstance(dense, AffineQuantizedTensor):
             once = dense.dequantize(dtype)  # rounded once
             if not bool(once.isinf().any()):
@@ -259,37 +335,40 @@ def _dense_entry(
             dense = dense.dequantize(torch.float32)
         return {name: _own(cast(name, dense, dtype))}
 
-    return _Entry(name, value.numel() * dtype.itemsize, make)
+    return _Entry(name, piece.like.numel() * dtype.itemsize, make)
 
 
 def _packed_entry(
-    name: str,
-    value: AffineQuantizedTensor,
+    piece: _Piece,
     dtype: torch.dtype | None,
-    requantize: bool,
+    requantize: str | None,
+    origin: AffineQuantizedTensor | None,
     report: SaveReport,
 ) -> _Entry:
+    """A packed weight; to `requantize` it, the format is about that of `origin`."""
+    name, like = piece.name, piece.like
     stem = name.removesuffix("weight")
-    group = min(value.group_size, 128)
+    form = like if isinstance(like, AffineQuantizedTensor) else origin
+    assert form is not None
+    bits, group = form.bits, min(form.group_size, 128)
     if requantize:
-        sizes = [g for g in _MLX_GROUP_SIZES if value.shape[-1] % g == 0]
+        sizes = [g for g in _MLX_GROUP_SIZES if like.shape[-1] % g == 0]
         if not sizes:
             raise ValueError(
-                f"{name}: {value.shape[-1]} columns are no multiple of any of MLX's "
+                f"{name}: {like.shape[-1]} columns are no multiple of any of MLX's "
                 f"group sizes ({layout.join(_MLX_GROUP_SIZES)}); pass "
                 "unsupported='dense'"
             )
-        group = min(sizes, key=lambda g: abs(g - value.group_size))
-    report.packed[name] = (value.bits, group)
-    parts = value.nbytes
-    if value.group_size == 256:
-        parts += value.scales.nbytes + value.biases.nbytes
+        group = min(sizes, key=lambda g: abs(g - form.group_size))
+    report.packed[name] = (bits, group)
+    each = 2 * like.numel() // group * (dtype or form.scales.dtype).itemsize
 
     def make() -> dict[str, Tensor]:
-        weight: AffineQuantizedTensor = value.detach()  # type: ignore[assignment]
+        weight = piece.make()
         if requantize:
-            dense = weight.dequantize(torch.float32)
-            weight = AffineQuantizedTensor.from_dense(dense, weight.bits, group)
+            whole = dense(weight).float().contiguous()
+            weight = AffineQuantizedTensor.from_dense(whole, bits, group)
+        assert isinstance(weight, AffineQuantizedTensor)
         repeats = weight.group_size // group
         scales, biases = _cast(name, weight, dtype, report)
         return {
@@ -298,7 +377,7 @@ def _packed_entry(
             f"{stem}biases": _own(biases.repeat_interleave(repeats, -1)),
         }
 
-    return _Entry(name, parts, make, value.bits, group)
+    return _Entry(name, like.numel() * bits // 8 + each, make, bits, group)
 
 
 def _cast(
