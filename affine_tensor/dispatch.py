@@ -650,7 +650,8 @@ def _expand(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 @implements(aten.view.default, aten._unsafe_view.default)
 def _reshape(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Other leading dimensions, or any shape whose rows are whole groups and words."""
+    """Other leading dimensions, or any shape whose rows are whole groups and words; of
+    a transposed matrix, blocks of whole groups and words."""
     weight, size = args[0], list(args[1])
     if -1 in size:
         known = math.prod(s for s in size if s != -1)
@@ -667,8 +668,23 @@ def _reshape(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
             lambda order: order.view(*lead, order.shape[-1]),
         )
         return return_and_correct_aliasing(func, args, kwargs, new)
-    columns = size[-1] if size else 0
     bits, group = weight.bits, weight.group_size
+    if (
+        weight.transposed
+        and weight.dim() == 2
+        and weight.permutation is None
+        and size[2:]
+        and size[-1] == weight.shape[-1]
+        and not layout.why_not(size[-2], bits=bits, group_size=group)
+    ):  # experts under each other, ``[E * K, N]`` as ``[E, K, N]``
+
+        def cut_columns(part: Tensor) -> Tensor:
+            cut = part.unflatten(-1, (*size[:-2], -1))
+            return cut.movedim(0, -2)
+
+        new = _view(weight, cut_columns)
+        return return_and_correct_aliasing(func, args, kwargs, new)
+    columns = size[-1] if size else 0
     bound = weight.transposed or weight.permutation is not None
     if bound or layout.why_not(columns, bits=bits, group_size=group):
         return _dense(func, args, kwargs)

@@ -13,7 +13,8 @@ both compute the same function; so one tolerance holds for all.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from io import StringIO
@@ -80,12 +81,18 @@ class Case:
     With a `recipe` (one of mlx-lm's `QUANT_RECIPES`) some modules get more bits than
     others, and the config names each; `bits` is then what the config gives as default.
 
-    `model_class` is the auto class of transformers. `dense` are patterns of parameters
-    of the transformers model that become dense though mlx-lm has them quantized (see
-    `checkpoint/forms.py` for the reasons). `common` are the settings of `COMMON` that
+    `model_class` is the auto class of transformers, or the class of the text model alone
+    of a composite configuration. `towers` are modules of it that
+    mlx-lm leaves out: what sees, hears and leads to the text. `dense` are patterns of
+    parameters of the transformers model that become dense though mlx-lm has them
+    quantized (see `checkpoint/forms.py` for the reasons). `common` are the settings of `COMMON` that
     the config gets ("all", or none for composite ones). `tokens` is how many the
     comparison runs over. `tolerance` may be wider where the two libraries differ by as
-    much on the dense model; the reason stands beside it.
+    much on the dense model; the reason stands beside it. `formats` gives the modules of
+    mlx-lm whose names match a pattern other bits and group sizes. `mlx_type` is mlx-lm's
+    name of the model type where it is not that of transformers. `drawn_by_mlx` is for
+    types whose weights mlx-lm cannot read as transformers writes them: its own model is
+    then what draws them.
     """
 
     model_type: str
@@ -94,11 +101,15 @@ class Case:
     group_size: int = 64
     recipe: str | None = None
     model_class: str = "AutoModelForCausalLM"
+    towers: tuple[str, ...] = ()
     dense: tuple[str, ...] = ()
     common: bool = True
     tokens: int = 24
     tolerance: float = TOLERANCE
     label: str = ""
+    formats: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    mlx_type: str = ""
+    drawn_by_mlx: bool = False
 
     def __str__(self) -> str:
         tied = "-tied" if self.config.get("tie_word_embeddings") else ""
@@ -248,11 +259,13 @@ def write_mlx_checkpoint(
     bits, group_size = bits or case.bits, group_size or case.group_size
     dense = folder / "dense"
     _write_dense_checkpoint(case, dense)
-    model, config = load_model(dense)
+    model, config = drawn_by_mlx(dense) if case.drawn_by_mlx else load_model(dense)
     model.set_dtype(getattr(mx, dtype))
     predicate = None
     if case.recipe:
         predicate = mixed_quant_predicate_builder(case.recipe, model, group_size)
+    elif case.formats:
+        predicate = _formats_predicate(case, model)
     with redirect_stdout(StringIO()):  # it prints the bits per weight
         model, config = quantize_model(
             model, config, group_size, bits, quant_predicate=predicate
@@ -262,6 +275,19 @@ def write_mlx_checkpoint(
     for file in dense.iterdir():
         file.unlink()
     dense.rmdir()
+
+
+def _formats_predicate(case: Case, model: Any) -> Any:
+    """The model's own choices, but for what the case says."""
+    own = getattr(model, "quant_predicate", lambda path, module: True)
+
+    def predicate(path: str, module: Any) -> Any:
+        for pattern, (bits, group_size) in case.formats.items():
+            if re.search(pattern, path):
+                return {"bits": bits, "group_size": group_size}
+        return own(path, module)
+
+    return predicate
 
 
 def mlx_logits(folder: Path, input_ids: torch.Tensor) -> torch.Tensor:
@@ -274,9 +300,11 @@ def mlx_logits(folder: Path, input_ids: torch.Tensor) -> torch.Tensor:
     import numpy as np
     from mlx_lm.utils import load_model
 
-    model, _ = load_model(folder)
+    model, config = load_model(folder)
     model.set_dtype(mx.float32)
-    logits = model(mx.array(input_ids.numpy()))
+    # Only with a cache do Gemma 3n's last layers share the keys and values of others.
+    cache = model.make_cache() if config["model_type"] == "gemma3n" else None
+    logits = model(mx.array(input_ids.numpy()), cache=cache)
     return torch.from_numpy(np.array(logits.astype(mx.float32)))
 
 
@@ -292,27 +320,81 @@ def mlx_quantized_modules(folder: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def _write_dense_checkpoint(case: Case, folder: Path) -> None:
+def transformers_model(case: Case, config: Any, **options: Any) -> Any:
+    """A model with random weights, all in float32."""
     import transformers
-    from transformers import AutoConfig
 
-    folder.mkdir(parents=True)
+    cls = getattr(transformers, case.model_class)
+    if hasattr(cls, "from_config"):
+        model = cls.from_config(config, dtype=torch.float32, **options)
+    else:
+        config = config.get_text_config()
+        model = cls._from_config(config, dtype=torch.float32, **options)
+    return model.float()  # Apertus has a few in bfloat16 whatever was asked
+
+
+def _write_dense_checkpoint(case: Case, folder: Path) -> None:
+    model = drawn_by_transformers(case, folder)
     path = folder / "config.json"
-    common = COMMON if case.common else {}
-    published = {"model_type": case.model_type, **common, **case.config}
-    path.write_text(json.dumps(published))
-    config = AutoConfig.from_pretrained(folder)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        auto_class = getattr(transformers, case.model_class)
-        model = auto_class.from_config(config, dtype=torch.float32)
-        _perturb_(model)
+    published = json.loads(path.read_text())
     model.save_pretrained(folder)
     # What the table does not name comes from transformers' defaults. Its own spelling
     # of the rotary settings gives way to the published one.
-    written = json.loads(path.read_text())
-    written.pop("rope_parameters", None)
-    path.write_text(json.dumps({**written, **published}))
+    written = _completed(published, json.loads(path.read_text()))
+    mlx_type = case.mlx_type or case.model_type
+    path.write_text(json.dumps({**written, "model_type": mlx_type}))
+
+
+def drawn_by_transformers(case: Case, folder: Path, **options: Any) -> Any:
+    """The case's model with random weights. The folder, a new one, gets the published
+    config.json."""
+    from transformers import AutoConfig
+
+    folder.mkdir(parents=True)
+    common = COMMON if case.common else {}
+    published = {"model_type": case.model_type, **common, **case.config}
+    (folder / "config.json").write_text(json.dumps(published))
+    config = AutoConfig.from_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers_model(case, config, **options)
+        _perturb_(model)
+    leave_out_(model, case.towers)
+    return model
+
+
+def leave_out_(model: Any, names: Iterable[str]) -> None:
+    """Takes modules out of a model."""
+    for name in names:
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, None)
+
+
+def _completed(config: Mapping[str, Any], written: dict[str, Any]) -> dict[str, Any]:
+    """A configuration, and parts of it, with what else transformers wrote."""
+    parts = {
+        key: _completed(value, written[key])
+        for key, value in config.items()
+        if key.endswith("_config") and isinstance(written.get(key), dict)
+    }
+    written = {k: v for k, v in written.items() if k != "rope_parameters"}
+    return {**written, **config, **parts}
+
+
+def drawn_by_mlx(folder: Path) -> Any:
+    """mlx-lm's model of a config.json, as `load_model` gives it, with random weights."""
+    import mlx.core as mx
+    from mlx.utils import tree_map
+    from mlx_lm.utils import _get_classes, load_config
+
+    config = load_config(folder)
+    model_class, args_class = _get_classes(config)
+    mx.random.seed(0)
+    model = model_class(args_class.from_dict(config))
+    model.update(
+        tree_map(lambda p: p + 0.1 * mx.random.normal(p.shape), model.parameters())
+    )
+    return model, config
 
 
 def _perturb_(model: torch.nn.Module) -> None:

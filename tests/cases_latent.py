@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from architectures import Case
+from architectures import COMMON, Case
 
 # Multi-head latent attention. mlx-lm splits `kv_b_proj` and quantizes the part of the
 # keys along the other axis, which makes the whole dense here.
@@ -43,6 +43,26 @@ YARN = {
     "original_max_position_embeddings": 64,
 }
 
+LAYER_ROPE = {
+    "full_attention": {
+        "rope_type": "default",
+        "rope_theta": 500000.0,
+        "partial_rotary_factor": 0.5,
+    },
+    "sliding_attention": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 1.0,
+    },
+}
+VISION = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+TOWERS = ("model.vision_tower", "model.multi_modal_projector")
+
 CASES: list[Case] = [
     Case(
         "deepseek_v2",
@@ -64,8 +84,8 @@ CASES: list[Case] = [
             **EXPERTS,
             "rope_scaling": YARN,
             "index_topk": 8,
-            "index_head_dim": 64,
-            "index_n_heads": 2,
+            "index_head_dim": 32,
+            "index_n_heads": 8,
         },
         bits=5,
         dense=ABSORBED,
@@ -83,8 +103,8 @@ CASES: list[Case] = [
             **LATENT,
             **EXPERTS,
             "index_topk": 8,
-            "index_head_dim": 64,
-            "index_n_heads": 2,
+            "index_head_dim": 32,
+            "index_n_heads": 8,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
         bits=8,
@@ -117,7 +137,11 @@ CASES: list[Case] = [
                 "short_conv_kernel_size": 4,
             },
         },
+        bits=6,
+        group_size=32,
         dense=ABSORBED,
+        # transformers writes its dense layer as block_sparse_moe, which nobody reads.
+        drawn_by_mlx=True,
     ),
     Case(
         "longcat_flash",
@@ -126,6 +150,7 @@ CASES: list[Case] = [
             "num_layers": 2,
             "num_hidden_layers": 4,
             "ffn_hidden_size": 128,
+            "intermediate_size": 128,
             "expert_ffn_hidden_size": 64,
             "n_routed_experts": 4,
             "zero_expert_num": 2,
@@ -135,14 +160,18 @@ CASES: list[Case] = [
             "routed_scaling_factor": 6.0,
             "mla_scale_q_lora": True,
             "mla_scale_kv_lora": True,
+            "attention_bias": True,
         },
         dense=ABSORBED,
+        # transformers writes weights for the experts that are the identity.
+        drawn_by_mlx=True,
     ),
     Case(
         "mistral4",
         {
             **LATENT,
             **EXPERTS,
+            "head_dim": 96,  # both parts
             "rope_parameters": {
                 **YARN,
                 "rope_type": "yarn",
@@ -151,14 +180,186 @@ CASES: list[Case] = [
                 "original_max_position_embeddings": 16,
             },
         },
+        bits=5,
         dense=ABSORBED,
+        model_class="Mistral4ForCausalLM",
     ),
     Case(
-        "youtu",
-        {**LATENT, "tie_word_embeddings": True},
+        "mimo_v2_flash",
+        {
+            **EXPERTS,
+            "num_hidden_layers": 3,
+            "head_dim": 32,
+            "v_head_dim": 64,
+            "n_shared_experts": None,
+            "first_k_dense_replace": 1,
+            "moe_layer_freq": [0, 1, 1],
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "hybrid_layer_pattern": [0, 1, 0],
+            "layer_types": [
+                "full_attention",
+                "sliding_attention",
+                "full_attention",
+            ],
+            "add_swa_attention_sink_bias": True,
+            "add_full_attention_sink_bias": False,
+            # Of 32 tokens there, of 33 in transformers: more than there are.
+            "sliding_window_size": 32,
+            "layernorm_epsilon": 1e-5,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 5000000.0,
+            "swa_rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "default",
+                    "rope_theta": 5000000.0,
+                    "partial_rotary_factor": 0.5,
+                },
+                "sliding_attention": {
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "partial_rotary_factor": 0.5,
+                },
+            },
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 4,
+            "swa_head_dim": 32,
+            "swa_v_head_dim": 64,
+            "attention_value_scale": 0.707,
+        },
+        bits=3,
     ),
     Case(
+        "bailing_hybrid",
+        {
+            "architectures": ["BailingMoeV3ForCausalLM"],
+            **LATENT,
+            "q_lora_rank": None,
+            "num_hidden_layers": 4,
+            "layer_group_size": 2,
+            "moe_intermediate_size": 64,
+            "moe_shared_expert_intermediate_size": 64,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "num_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 2.5,
+            "short_conv_kernel_size": 4,
+            "kda_lower_bound": -5.0,
+            "kda_safe_gate": True,
+            "no_kda_lora": True,
+            "rope_interleave": True,
+        },
+        group_size=32,
+        # transformers writes what only some layers call `dense` for all of them.
+        drawn_by_mlx=True,
+    ),
+    Case(
+        "minimax_m3_vl",
+        {
+            "text_config": {
+                "model_type": "minimax_m3_vl_text",
+                **COMMON,
+                "num_hidden_layers": 2,
+                "intermediate_size": 64,
+                "dense_intermediate_size": 256,
+                "shared_intermediate_size": 64,
+                "num_local_experts": 4,
+                "num_experts_per_tok": 2,
+                "rotary_dim": 16,
+                "partial_rotary_factor": 0.5,
+                "moe_layer_freq": [0, 1],
+                "mlp_layer_types": ["dense", "sparse"],
+                "layer_types": ["full_attention", "minimax_m3_sparse"],
+                "index_n_heads": 2,
+                "index_head_dim": 32,
+                "index_block_size": 4,
+                "index_topk_blocks": 3,
+                "index_local_blocks": 1,
+            },
+            "vision_config": VISION,
+            "projector_hidden_size": 64,
+        },
+        bits=6,
+        common=False,
+        model_class="AutoModelForImageTextToText",
+        towers=TOWERS,
+    ),
+    Case(
+        "kimi_k25",
+        {
+            "text_config": {
+                "model_type": "kimi_k2",
+                **COMMON,
+                **LATENT,
+                **EXPERTS,
+                "rope_scaling": YARN,
+            },
+            "vision_config": VISION,
+            "projection_hidden_size": 64,
+        },
+        bits=2,
+        group_size=32,
+        common=False,
+        dense=ABSORBED,
+        # transformers writes its layers as the blocks of the vision tower.
+        drawn_by_mlx=True,
+        model_class="AutoModelForImageTextToText",
+        towers=("model.vision_tower", "model.mm_projector"),
+    ),
+    Case("youtu", {**LATENT, "tie_word_embeddings": True}, mlx_type="youtu_llm"),
+    Case(
         "youtu",
-        {**LATENT, "tie_word_embeddings": False},
+        {**LATENT, "q_lora_rank": None, "tie_word_embeddings": False},
+        bits=8,
+        group_size=128,
+        mlx_type="youtu_llm",
+    ),
+    Case(
+        "laguna",
+        {
+            "num_hidden_layers": 3,
+            "num_attention_heads_per_layer": [4, 8, 4],
+            "layer_types": [
+                "full_attention",
+                "sliding_attention",
+                "full_attention",
+            ],
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "sliding_window": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 64,
+            "moe_routed_scaling_factor": 2.5,
+            "moe_router_logit_softcapping": 5.0,
+            "attention_bias": True,
+            "qkv_bias": True,
+            "rope_parameters": LAYER_ROPE,
+        },
+        bits=5,
+        group_size=32,
+    ),
+    Case(
+        "mellum",
+        {
+            "num_hidden_layers": 2,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "sliding_window": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "norm_topk_prob": True,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 500000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+            "tie_word_embeddings": True,
+        },
+        bits=3,
+        group_size=64,
     ),
 ]

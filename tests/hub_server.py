@@ -190,8 +190,10 @@ class _Handler(BaseHTTPRequestHandler):
                 return _refuse(501, "", "Ranges are not implemented")
             part = wanted if hub.ranges == "served" else None
             return _contents(files[path], commit, part)
-        if what == "tree" and (tree := _tree(files, path, "true" in str(query))):
-            return _json(tree)
+        if what == "tree":
+            tree = _tree(files, path, "true" in str(query))
+            if tree or not path:
+                return _json(tree)
         if what in ("tree", "resolve"):
             # Knowing the commit, the client remembers that the file is missing.
             return _refuse(404, "EntryNotFound", "Entry not found", commit)

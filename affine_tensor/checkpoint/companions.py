@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
 from .. import layout
+from .families import MLX_TYPES
 from .files import CONFIG, fetch, is_repository, read_json
 
 # What goes along from the folder that a model came from.
@@ -87,14 +88,75 @@ def mlx_config(
     for key in ("_name_or_path", "quantization", "quantization_config"):
         config.pop(key, None)
     _spell_as_version_4(config)
+    config |= _settings_of_mlx(config)
+    config = _within_composite(config)
     if formats:
         quantization = _quantization(formats)
         config["quantization"] = config["quantization_config"] = quantization
     return dict(sorted(config.items()))
 
 
+# Text models of composite ones that mlx-lm has as types of their own.
+_TEXT_TYPES = ("gemma3_text", "gemma4_text", "llama4_text")
+
+
+def _within_composite(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of which this one is the text part, if mlx-lm has it only so."""
+    model_type = str(config.get("model_type"))
+    if not model_type.endswith("_text") or model_type in _TEXT_TYPES:
+        return config
+    above = ("dtype", "torch_dtype", "tie_word_embeddings", "transformers_version")
+    return {
+        "model_type": model_type.removesuffix("_text"),
+        "text_config": config,
+        **{key: config[key] for key in above if key in config},
+    }
+
+
+def _settings_of_mlx(config: dict[str, Any]) -> dict[str, Any]:
+    """What mlx-lm spells in a way of its own, and what it must be told of a model that
+    transformers knows in one form only."""
+    model_type = config.get("model_type")
+    if model_type == "dbrx":
+        rope_theta = config["rope_theta"]
+        return {"attn_config": config["attn_config"] | {"rope_theta": rope_theta}}
+    if model_type == "exaone_moe":
+        sparse = [kind == "sparse" for kind in config["mlp_layer_types"]]
+        return {"is_moe_layer": sparse}
+    if model_type == "granitemoehybrid":
+        spelled = {"linear_attention": "mamba", "full_attention": "attention"}
+        new = {"layer_types": [spelled[kind] for kind in config["layer_types"]]}
+        if not config["num_local_experts"]:
+            new["intermediate_size"] = config["shared_intermediate_size"]
+        return new
+    if model_type == "hunyuan_v1_moe":
+        return {
+            "model_type": MLX_TYPES[model_type],
+            "num_shared_expert": 1,
+            "use_mixed_mlp_moe": True,
+            "use_qk_norm": True,
+            "use_cla": False,
+            "cla_share_factor": 1,
+        }
+    if model_type == "minimax_m2":
+        part = config.get("partial_rotary_factor", 1.0)
+        return {
+            "rotary_dim": int(config["head_dim"] * part),
+            "shared_intermediate_size": 0,
+        }
+    if model_type == "solar_open":
+        new = {"first_k_dense_replace": 0, "partial_rotary_factor": 1.0}
+        return {"intermediate_size": config["moe_intermediate_size"]} | config | new
+    return {"model_type": MLX_TYPES[model_type]} if model_type in MLX_TYPES else {}
+
+
 # Later kinds have no old spelling, and transformers does not take one for them.
 _ROPE_TYPES_OF_VERSION_4 = ("linear", "dynamic", "yarn", "longrope", "llama3")
+
+# Types that never had the usual names.
+_ROPE_OTHERWISE = {
+    "gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+}
 
 # Keys of transformers 4 that the current configuration spells in another way.
 _RESPELLED = (
@@ -157,10 +219,13 @@ def _spell_as_version_4(config: dict[str, Any]) -> None:
     for key in ("rope_theta", "partial_rotary_factor"):
         if key in rope:
             config.setdefault(key, rope[key])
+            if config.get("model_type") in _ROPE_OTHERWISE:
+                config.setdefault(_ROPE_OTHERWISE[config["model_type"]][key], rope[key])
+    config.setdefault("rope_scaling", None)
     kind = rope.get("rope_type")
     if kind in _ROPE_TYPES_OF_VERSION_4:
         scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
-        config.setdefault("rope_scaling", {**scaling, "type": kind})
+        config["rope_scaling"] = {**scaling, "type": kind}
 
 
 def write_companions(model: nn.Module, folder: Path, tokenizer: Any) -> bool:
@@ -188,6 +253,11 @@ def write_companions(model: nn.Module, folder: Path, tokenizer: Any) -> bool:
         base_model=_repository(model),
     )
     ModelCard(f"---\n{card.to_yaml()}\n---\n").save(folder / "README.md")
+    return has_tokenizer(folder)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has the files of a tokenizer."""
     return any((folder / name).exists() for name in _TOKENIZER_FILES[:3])
 
 

@@ -6,11 +6,22 @@ each entry as: transformers' name, and what MLX calls it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from .forms import Form, PlusOne, Rows, Scaled, Stored, Transposed  # noqa: F401
+from .forms import (
+    AbsorbedKV,
+    ChannelsLast,
+    Form,
+    Padded,
+    PlusOne,
+    Reshaped,
+    Rows,
+    Scaled,
+    Stored,
+    Transposed,
+)
 
 
 @dataclass(frozen=True)
@@ -35,12 +46,17 @@ class Family:
     absent: patterns (`re.search`) of the model's own names that MLX has no tensor for;
         zeros are right for them. They are not saved.
     ignored: patterns (`re.match`) of stored names that the model has no place for.
+    unread: tensors that mlx-lm's model has and does not use, with their shapes; they are
+        saved as zeros.
+    experts: where MLX has ``(.*).experts`` if not in ``\\1.switch_mlp``.
     """
 
     renames: Sequence[tuple[str, str]] = ()
     rules: Sequence[Rule] = ()
     absent: Sequence[str] = ()
     ignored: Sequence[str] = ()
+    unread: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    experts: str = ""
 
 
 def families_of(config: Any) -> list[Family]:
@@ -67,10 +83,216 @@ def model_types(config: Any) -> list[str]:
 
 # ---- families -------------------------------------------------------------------
 
+# ---- other
+
+_GPT = Family(renames=[(r"^transformer\.", "model.")])
+
 _GPT_NEOX = Family(
-    renames=[(r"^gpt_neox\.layers\.", "model.h."), (r"^gpt_neox\.", "model.")]
+    renames=[
+        (r"^gpt_neox\.layers\.", "model.h."),
+        (r"^gpt_neox\.", "model."),
+        (r"^(embed_out|lm_head)\.", "model.embed_out."),
+    ]
 )
 
+_NANOCHAT = Family(
+    renames=[
+        (r"^model\.embed_tokens\.", "transformer.wte."),
+        (r"^model\.layers\.", "transformer.h."),
+        (r"\.self_attn\.([qkv])_proj\.", r".attn.c_\1."),
+        (r"\.self_attn\.o_proj\.", ".attn.c_proj."),
+        (r"\.mlp\.fc1\.", ".mlp.c_fc."),
+        (r"\.mlp\.fc2\.", ".mlp.c_proj."),
+    ]
+)
+
+# ---- experts
+
+_MIXTRAL = Family(renames=[(r"\.mlp\.", ".block_sparse_moe.")])
+
+_PHIMOE = Family(renames=[(r"\.mlp\.router\.", ".mlp.gate."), *_MIXTRAL.renames])
+
+_GRANITE_MOE = Family(
+    renames=[(r"\.block_sparse_moe\.router\.", ".block_sparse_moe.router.layer.")]
+)
+
+
+def _granite_hybrid(config: Any) -> Family:
+    if config.num_local_experts:
+        return _GRANITE_MOE
+    # Without experts mlx-lm has the shared ones as an ordinary MLP.
+    gate, up = (rf"\1.mlp.{name}_proj.weight" for name in ("gate", "up"))
+    return Family(
+        renames=[(r"\.shared_mlp\.output_linear\.", ".mlp.down_proj.")],
+        rules=[Rule(r"(.*)\.shared_mlp\.input_linear\.weight", Rows(gate, up))],
+    )
+
+
+def _dbrx(config: Any) -> Family:
+    """One matrix for all experts here, expert under expert; `w2` is transposed."""
+
+    def experts(name: str) -> list[str]:
+        count = config.ffn_config.moe_num_experts
+        return [rf"\1.experts.{number}.{name}.weight" for number in range(count)]
+
+    pattern = r"(.*)\.experts\.mlp\."
+    return Family(
+        rules=[
+            Rule(rf"{pattern}w1", Rows(*experts("w1"))),
+            Rule(rf"{pattern}v1", Rows(*experts("v1"))),
+            Rule(rf"{pattern}w2", Rows(*map(Transposed, experts("w2")))),
+        ]
+    )
+
+
+# ---- recurrent
+
+_NEMOTRON_H = Family(
+    renames=[(r"^model\.", "backbone.")],
+    rules=[
+        Rule(r"(.*)\.experts\.up_proj", Stored(r"\1.switch_mlp.fc1.weight")),
+        Rule(r"(.*)\.experts\.down_proj", Stored(r"\1.switch_mlp.fc2.weight")),
+    ],
+)
+
+_LFM2_MOE = Family(
+    renames=[
+        (r"\.feed_forward\.w1\.", ".feed_forward.gate_proj."),
+        (r"\.feed_forward\.w2\.", ".feed_forward.down_proj."),
+        (r"\.feed_forward\.w3\.", ".feed_forward.up_proj."),
+    ]
+)
+
+_APERTUS = Family(
+    rules=[Rule(r"(.*\.act_fn\.alpha_[pn])", Reshaped(r"\1", stored=(), own=(1,)))]
+)
+
+# All norms but the gated one of linear attention.
+_QWEN3_NEXT = Family(
+    rules=[
+        Rule(
+            r"(.*\.(?:input_layernorm|post_attention_layernorm|[qk]_norm)\.weight"
+            r"|(?:.*model\.)?norm\.weight)",
+            PlusOne(r"\1"),
+        )
+    ]
+)
+
+# Also the text model alone lies in `language_model`.
+_QWEN3_5 = Family(
+    renames=[(r"^(model\.(?!vis)|lm_head\.)", r"language_model.\1")],
+    rules=_QWEN3_NEXT.rules,
+)
+
+
+def _olmo_hybrid(config: Any) -> Family:
+    """One convolution here for queries, keys and values."""
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    values = config.linear_num_value_heads * config.linear_value_head_dim
+    parts = [ChannelsLast(rf"\1.{name}_conv1d.weight") for name in "qkv"]
+    form = Rows(*parts, sizes=[keys, keys, values], axis=0)
+    return Family(rules=[Rule(r"(.*)\.conv1d\.weight", form)])
+
+
+def _falcon_h1(config: Any) -> Family:
+    """MLX has the multipliers in the weights.
+
+    Not `key_multiplier`: mlx-lm asks for "key_proj", which no weight is called, and its
+    own keys are wrong where it is not one. Not biases either.
+    """
+    inner = config.mamba_d_ssm or config.mamba_expand * config.hidden_size
+    state = config.mamba_n_groups * config.mamba_d_state
+    sizes = (inner, inner, state, state, config.mamba_n_heads)
+    rows = [
+        config.ssm_in_multiplier * multiplier
+        for multiplier, size in zip(config.ssm_multipliers, sizes, strict=True)
+        for _ in range(size)
+    ]
+    gate, down = config.mlp_multipliers
+    factors = {
+        "embed_tokens": config.embedding_multiplier,
+        "lm_head": config.lm_head_multiplier,
+        "[qk]_proj": config.attention_in_multiplier,
+        "o_proj": config.attention_out_multiplier,
+        "in_proj": rows,
+        "out_proj": config.ssm_out_multiplier,
+        "gate_proj": gate,
+        "down_proj": down,
+    }
+    return Family(
+        rules=[
+            Rule(rf"((?:.*\.)?{module}\.weight)", Scaled(r"\1", factor))
+            for module, factor in factors.items()
+            if factor != 1
+        ]
+    )
+
+
+def _gemma3n(config: Any) -> Family:
+    """The last layers use keys and values of others, and MLX has their own as well."""
+    count, heads = config.num_hidden_layers, config.num_key_value_heads
+    first = count - config.num_kv_shared_layers
+    unread: dict[str, Sequence[int]] = {}
+    for number in range(first, count):
+        attention = f"model.language_model.layers.{number}.self_attn."
+        for name in ("k_proj", "v_proj"):
+            shape = (heads * config.head_dim, config.hidden_size)
+            unread[f"{attention}{name}.weight"] = shape
+        unread[f"{attention}k_norm.weight"] = (config.head_dim,)
+    shared = "|".join(map(str, range(first, count))) or "none"
+    text = r"^(?:language_model\.model|model(?!\.language_model))\."
+    return Family(
+        renames=[
+            (
+                text + r"(?=layers|norm|embed_tokens|altup|per_layer)",
+                "model.language_model.",
+            )
+        ],
+        ignored=[rf".*\.layers\.({shared})\.self_attn\.[kv]_(proj|norm)\."],
+        unread=unread,
+    )
+
+
 FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
+    # ---- latent
+    "bailing_hybrid": _bailing,
+    "deepseek_v3": _latent,
+    "deepseek_v32": _latent,
+    "glm4_moe_lite": _latent,
+    "glm_moe_dsa": _latent,
+    "kimi_linear": _kimi_linear,
+    "laguna": _LAGUNA,
+    "longcat_flash": _longcat,
+    "mimo_v2_flash": _MIMO_V2,
+    "minimax_m3_vl_text": _MINIMAX_M3,
+    "mistral4": _latent,
+    # ---- seeing
+    "llama4_text": _LLAMA4,
+    # ---- recurrent
+    "apertus": _APERTUS,
+    "falcon_h1": _falcon_h1,
+    "gemma3n_text": _gemma3n,
+    "lfm2_moe": _LFM2_MOE,
+    "nemotron_h": _NEMOTRON_H,
+    "olmo_hybrid": _olmo_hybrid,
+    "qwen3_5_moe_text": _QWEN3_5,
+    "qwen3_5_text": _QWEN3_5,
+    "qwen3_next": _QWEN3_NEXT,
+    # ---- experts
+    "afmoe": Family(experts=r"\1.experts"),
+    "dbrx": _dbrx,
+    "dots1": Family(experts=r"\1.experts"),
+    # mlx-lm has no such bias: it drops it where the original has one.
+    "ernie4_5_moe": Family(absent=[r"\.moe_statics\.e_score_correction_bias$"]),
+    "granitemoe": _GRANITE_MOE,
+    "granitemoehybrid": _granite_hybrid,
+    "minimax_m2": _MIXTRAL,
+    "mixtral": _MIXTRAL,
+    "phimoe": _PHIMOE,
+    # ---- other
+    "gpt2": _GPT,
     "gpt_neox": _GPT_NEOX,
+    "gpt_oss": Family(experts=r"\1.experts"),
+    "gptj": _GPT,
+    "nanochat": _NANOCHAT,
 }

@@ -273,7 +273,7 @@ def _listing(repo: str, commit: str, token: str | bool | None) -> set[str] | Non
     """The safetensors files at the top of a repository; None if it cannot be asked."""
     try:
         # Not list_repo_tree, which tries again for 20 seconds if nobody answers.
-        info = HfApi(token=token).repo_info(repo, revision=commit, timeout=10)
+        info = HfApi(token=token).model_info(repo, revision=commit, timeout=10)
     except Exception:
         # No network, Hub down, no access: for all of them snapshot_download has taken
         # the cache, or will raise what it is.
@@ -414,11 +414,11 @@ def _choose(
         if len(quantized) != 1:
             raise CheckpointError(
                 f"{where} holds {len(sets)} sets of weights: "
-                f"{'; '.join(_listed(s) for s in sets)}. Of several, exactly one may "
-                "have tensors named *.scales, as MLX's quantized weights do, and is "
-                f"read; here {len(quantized) or 'none'} of them have. Put the files "
-                "that belong together into a folder of their own, with the config.json, "
-                "and load that"
+                f"{'; '.join(_listed(s) for s in sets)}. Of several the one is read that "
+                "has tensors named *.scales, as MLX's quantized weights do; here "
+                f"{len(quantized) or 'none'} of them have. Put the files that belong "
+                "together into a folder of their own, with the config.json, and load "
+                "that"
             )
         sets = quantized
     files = sets[0] if sets else []

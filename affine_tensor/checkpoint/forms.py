@@ -253,6 +253,24 @@ class Stack(Form):
         return stored
 
 
+class Padded(_One):
+    """With zeros behind it, `count` along the first dimension, which MLX lacks."""
+
+    def __init__(self, part: str | Form, count: int) -> None:
+        super().__init__(part)
+        self.count = count
+
+    def loaded(self, value: Tensor) -> Tensor:
+        if isinstance(value, AffineQuantizedTensor):
+            zero: Tensor = _with_scales(value[:1], torch.zeros_like)  # type: ignore
+        else:
+            zero = torch.zeros_like(value[:1])
+        return torch.cat([value, *[zero] * self.count])
+
+    def saved(self, value: Tensor) -> Tensor:
+        return value[: len(value) - self.count]
+
+
 class AbsorbedKV(Form):
     """`kv_b_proj` of multi-head latent attention, ``[heads * (nope + v), rank]``.
 
@@ -273,9 +291,9 @@ class AbsorbedKV(Form):
         return whole.reshape(-1, whole.shape[-1])
 
     def save(self, value: Tensor) -> dict[str, Tensor]:
-        whole = dense(value).reshape(self.heads, -1, value.shape[-1])
+        whole = value.view(self.heads, -1, value.shape[-1])
         keys, values = whole[:, : self.nope], whole[:, self.nope :]
-        stored = self.parts[0].save(keys.mT.contiguous())
+        stored = self.parts[0].save(dense(keys).mT.contiguous())
         return stored | self.parts[1].save(values.contiguous())
 
 

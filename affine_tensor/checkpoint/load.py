@@ -229,7 +229,7 @@ def load_checkpoint_(
     )
     checkpoint = open_checkpoint(folder)
     if not mlx.recognizes(checkpoint):
-        raise CheckpointError(f"{folder} is not in MLX format: {_why_not(checkpoint)}")
+        raise CheckpointError(f"{folder} is not in MLX format: {why_not_mlx(checkpoint)}")
     plan = make_plan(model, checkpoint)
     report = LoadReport(str(source), ignored=plan.ignored)
     values = list(_read(plan, device, report, progress))
@@ -238,7 +238,8 @@ def load_checkpoint_(
     return report
 
 
-def _why_not(checkpoint: Checkpoint) -> str:
+def why_not_mlx(checkpoint: Checkpoint) -> str:
+    """What keeps a checkpoint from being one of MLX, for an error's text."""
     methods = [found.get("quant_method") for found in mlx.settings(checkpoint.config)]
     if any(methods):
         return f"its config.json says quant_method {next(filter(None, methods))!r}"
@@ -367,6 +368,11 @@ def _targets(model: nn.Module) -> tuple[dict[str, _Target], set[str]]:
                 shared = buffers.setdefault(id(buffer), _Buffer(buffer, name, []))
                 shared.places.append((module, own))
                 targets[name] = shared
+    # transformers ties some only after it has loaded them.
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for name, source in tied.items():
+        if name in targets and source in targets:
+            targets[name] = targets[source]
     return targets, others
 
 

@@ -136,7 +136,7 @@ class FloatWeight(PackedWeight):
         if self.global_scale is None:
             how, scale_bits = f"{self.mode}: kept exactly", 16
         else:
-            how, scale_bits = f"{self.mode} with a global scale: kept to 2**-22", 32
+            how, scale_bits = f"{self.mode} with a global scale: kept to 2**-21", 32
         total = mlx_float.AFFINE_BITS + 2 * scale_bits / self.group_size
         return f"{how} as 5-bit affine, {total:.1f} bits per weight"
 
@@ -184,6 +184,15 @@ def recognizes(checkpoint: Checkpoint) -> bool:
     if found:
         return found[0].get("quant_method") in _METHODS
     return bool(_stems(checkpoint))
+
+
+def recognizes_config(config: dict[str, Any]) -> bool:
+    """Whether a config.json alone says that its checkpoint is in MLX format."""
+    found = settings(config)[:1]
+    return any(
+        one.get("quant_method") in _METHODS and {"bits", "group_size", "mode"} & one.keys()
+        for one in found
+    )
 
 
 def _own_settings(config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -258,9 +267,7 @@ def _check_entry(where: str, entry: dict[str, Any]) -> list[str]:
         if type(value) is not int or value not in allowed:
             may_be = f"allowed are {layout.join(allowed)}"
             if mode != AFFINE:
-                may_be = (
-                    f"{mode} has {allowed[0]}. Correct config.json, or leave it out"
-                )
+                may_be = f"{mode} has {allowed[0]}. Correct it in config.json"
             problems.append(f"{where}: {key} is {value!r}; {may_be}")
     return problems
 

@@ -85,6 +85,11 @@ _TOWERS = re.compile(
     r"vision_resampler|connector|perceive|aligner|image_newline)\b"
 )
 
+def is_tower(stored: str) -> bool:
+    """Whether this is a tensor of a part that sees or hears."""
+    return _TOWERS.match(stored) is not None
+
+
 # The head of a language model, which a model of its body alone leaves.
 _HEAD = re.compile(r"(language_model\.|model\.)*lm_head\.")
 
@@ -98,6 +103,8 @@ class Names:
         found = families_of(config)
         self._renames = [pair for family in found for pair in family.renames]
         self._rules = [rule for family in found for rule in family.rules]
+        self._experts = [family.experts for family in found if family.experts]
+        self.unread = {n: s for family in found for n, s in family.unread.items()}
         self._absent = [re.compile(p) for family in found for p in family.absent]
         ignored = [*_IGNORED, *(p for family in found for p in family.ignored)]
         self._ignored = [re.compile(pattern) for pattern in ignored]
@@ -117,11 +124,14 @@ class Names:
             renamed = spelled
             for pattern, replacement in self._renames:
                 renamed = re.sub(pattern, replacement, renamed)
-            for rule in (*self._rules, *_expert_rules(name, module)):
+            for rule in (*self._rules, *self._expert_rules(name, module)):
                 match = re.fullmatch(rule.pattern, renamed)
                 if match:
                     yield _expanded(rule.form, match, shape)
             yield from _own_forms(name, renamed, module)
+
+    def _expert_rules(self, name: str, module: nn.Module | None) -> Iterator[Rule]:
+        return _expert_rules(name, module, (*self._experts, *_EXPERTS))
 
     def is_absent(self, name: str) -> bool:
         """Whether MLX has no tensor for this parameter, and zeros are right."""
@@ -157,7 +167,9 @@ def _own_forms(name: str, stored: str, module: nn.Module | None) -> Iterator[For
     yield Stored(stored)
 
 
-def _expert_rules(name: str, module: nn.Module | None) -> Iterator[Rule]:
+def _expert_rules(
+    name: str, module: nn.Module | None, places: Sequence[str]
+) -> Iterator[Rule]:
     """Where the experts of a layer may be: stacked, or one by one; gate and up apart.
 
     transformers has them in one parameter each, `gate_up_proj` ``[E, 2 * I, H]`` and
@@ -181,7 +193,7 @@ def _expert_rules(name: str, module: nn.Module | None) -> Iterator[Rule]:
     for names in _NAMES:
         gate, up, down = names
         used = {"gate_up": (gate, up), "down": (down,), "up": (up,), "gate": (gate,)}
-        for place in _EXPERTS:
+        for place in places:
             parts: list[Form] = [
                 Stored(rf"{place}.{part}.{end}") for part in used[kind]
             ]
@@ -190,7 +202,7 @@ def _expert_rules(name: str, module: nn.Module | None) -> Iterator[Rule]:
             Stack(rf"\1.experts.*.{part}.{end}") for part in used[kind]
         ]
         yield Rule(pattern, whole(lists[0] if len(lists) == 1 else Rows(*lists)))
-    for place in _EXPERTS:
+    for place in places:
         yield Rule(pattern, whole(Stored(rf"{place}.{kind}_proj.{end}")))
 
 

@@ -6,6 +6,7 @@ import shutil
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,6 @@ from .names import Names
 Unsupported = Literal["error", "dense", "requantize"]
 
 _MLX_GROUP_SIZES = (32, 64, 128)
-_SHARD_BYTES = 5 << 30  # mlx-lm's own size
 
 
 @dataclass
@@ -65,10 +65,7 @@ class _Entry:
     """A parameter or buffer as it will be stored: its tensors are made when written."""
 
     name: str
-    nbytes: int
     make: Callable[[], dict[str, Tensor]]
-    bits: int | None = None
-    group_size: int | None = None
 
 
 def save_checkpoint(
@@ -78,7 +75,7 @@ def save_checkpoint(
     dtype: torch.dtype | str | None = None,
     unsupported: Unsupported = "error",
     tokenizer: Any = None,
-    max_shard_bytes: int = _SHARD_BYTES,
+    max_shard_bytes: int = 5 << 30,
     overwrite: bool = False,
     progress: bool = True,
 ) -> SaveReport:
@@ -105,25 +102,11 @@ def save_checkpoint(
     report = SaveReport(folder)
     scales = _scale_dtype(model, dtype)
     entries = _entries(model, scales, unsupported, report)
-    place = folder.resolve()  # behind a link, and with a name where it is "."
-    beside = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}")
-    beside.mkdir(parents=True)
-    try:
-        _write_weights(entries, beside, max_shard_bytes, report, progress)
-        origin = origin_of(model)
-        formats = {
-            entry.name.removesuffix(".weight"): (entry.bits, entry.group_size)
-            for entry in entries
-            if entry.bits is not None and entry.group_size is not None
-        }
-        counts_as = (_packed(model) and scales) or _model_dtype(model)
-        write_json(beside / CONFIG, mlx_config(model, formats, counts_as, origin))
-        report.tokenizer = write_companions(model, beside, tokenizer or origin)
-        report.files = sorted(path.name for path in beside.iterdir())
-        _move_into_place(beside, place)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+    counts_as = (_packed(model) and scales) or _model_dtype(model)
+    with _beside(folder) as beside:
+        writer = ShardWriter(beside, max_shard_bytes)
+        _write_entries(writer, entries, progress)
+        _finish(model, beside, writer, report, counts_as, tokenizer)
     if report.cast or report.changed or not report.tokenizer:
         logger.warning("%s", report)
     return report
@@ -335,7 +318,7 @@ def _dense_entry(
             dense = dense.dequantize(torch.float32)
         return {name: _own(cast(name, dense, dtype))}
 
-    return _Entry(name, piece.like.numel() * dtype.itemsize, make)
+    return _Entry(name, make)
 
 
 def _packed_entry(
@@ -361,7 +344,6 @@ def _packed_entry(
             )
         group = min(sizes, key=lambda g: abs(g - form.group_size))
     report.packed[name] = (bits, group)
-    each = 2 * like.numel() // group * (dtype or form.scales.dtype).itemsize
 
     def make() -> dict[str, Tensor]:
         weight = piece.make()
@@ -377,7 +359,7 @@ def _packed_entry(
             f"{stem}biases": _own(biases.repeat_interleave(repeats, -1)),
         }
 
-    return _Entry(name, like.numel() * bits // 8 + each, make, bits, group)
+    return _Entry(name, make)
 
 
 def _cast(
@@ -426,59 +408,144 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 # ---- writing --------------------------------------------------------------------
 
 
-def _write_weights(
-    entries: list[_Entry],
+class ShardWriter:
+    """Writes tensors into shards of at most `limit` bytes, or of one tensor."""
+
+    LIMIT = 5 << 30  # bytes; mlx-lm's own size
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit = folder, limit
+        self.total = 0
+        self._files: list[list[str]] = []  # the names of the tensors in each
+        self._shard: dict[str, Tensor] = {}
+        self._size = 0
+
+    def add(self, tensors: dict[str, Tensor]) -> None:
+        """Add the tensors of one weight, which stay together."""
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if self._shard and self._size + size > self.limit:
+            self._flush()
+        self._shard |= tensors
+        self._size += size
+
+    def _flush(self) -> None:
+        path = self.folder / f"{len(self._files) + 1:05d}.safetensors"
+        save_file(_unshared(self._shard), path, metadata={"format": "mlx"})
+        self._files.append(list(self._shard))
+        self.total += self._size
+        self._shard, self._size = {}, 0
+
+    def close(self) -> None:
+        """Write the rest and the index, and give the shards their names."""
+        if self._shard or not self._files:
+            self._flush()
+        weight_map: dict[str, str] = {}
+        count = len(self._files)
+        for number, names in enumerate(self._files, 1):
+            shard = f"model-{number:05d}-of-{count:05d}.safetensors"
+            name = "model.safetensors" if count == 1 else shard
+            (self.folder / f"{number:05d}.safetensors").rename(self.folder / name)
+            weight_map |= dict.fromkeys(names, name)
+        index = {
+            "metadata": {"total_size": self.total},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        write_json(self.folder / INDEX, index)
+        for name in set(weight_map.values()):  # safetensors makes them private
+            shutil.copymode(self.folder / INDEX, self.folder / name)
+
+
+def _write_entries(writer: ShardWriter, entries: list[_Entry], progress: bool) -> None:
+    for entry in tqdm(
+        entries, "saving", unit="tensor", delay=2, leave=False, disable=not progress
+    ):
+        writer.add(entry.make())
+
+
+@dataclass
+class Writing:
+    """A checkpoint while it is written weight by weight."""
+
+    writer: ShardWriter
+    report: SaveReport
+
+    def packed(self, name: str, weight: AffineQuantizedTensor) -> None:
+        """Write a packed weight with the scales that it has."""
+        piece = _Piece(name, _on_meta(weight), partial(_itself, weight))
+        reason = _misfit(piece, weight)
+        if reason:
+            raise ValueError(
+                f"{name}: {reason}; MLX has {layout.join(_MLX_GROUP_SIZES)}"
+            )
+        entry = _packed_entry(piece, None, None, None, self.report)
+        self.writer.add(entry.make())
+
+    def dense(self, name: str, value: Tensor) -> None:
+        self.writer.add({name: _own(value)})
+
+
+def save_into(
+    folder: str | Path,
+    make: Callable[[Writing], nn.Module],
+    *,
+    max_shard_bytes: int,
+    overwrite: bool,
+) -> SaveReport:
+    """Write a checkpoint of the model that `make` gives.
+
+    `make` has written weights before; those of the model are then on the meta device.
+    """
+    folder = Path(folder).expanduser()
+    _check_free(folder, overwrite)
+    report = SaveReport(folder)
+    with _beside(folder) as beside:
+        writer = ShardWriter(beside, max_shard_bytes)
+        model = make(Writing(writer, report))
+        for name, value in _values(model):
+            if not value.is_meta:
+                form = next(Names(model).forms(name, value.shape))
+                dtype = _storable(_model_dtype(model))
+                own = dtype if _counts_as(value, form, dtype) else None
+                for piece in _pieces(form, value):
+                    writer.add(_dense_entry(piece, own, report).make())
+        _finish(model, beside, writer, report, _model_dtype(model), None)
+    if not report.tokenizer:
+        logger.warning("%s", report)
+    return report
+
+
+@contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `folder` when all went well."""
+    place = folder.resolve()  # behind a link, and with a name where it is "."
+    beside = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}")
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        _move_into_place(beside, place)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def _finish(
+    model: nn.Module,
     folder: Path,
-    limit: int,
+    writer: ShardWriter,
     report: SaveReport,
-    progress: bool,
+    dtype: torch.dtype,
+    tokenizer: Any,
 ) -> None:
-    shards = list(_shards(entries, limit))
-    weight_map: dict[str, str] = {}
-    total = 0
-    bar = tqdm(
-        total=len(entries),
-        desc="saving",
-        unit="tensor",
-        delay=2,
-        leave=False,
-        disable=not progress,
-    )
-    for number, shard in enumerate(shards, 1):
-        name = (
-            "model.safetensors"
-            if len(shards) == 1
-            else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        )
-        tensors: dict[str, Tensor] = {}
-        for entry in shard:
-            tensors |= entry.make()
-            bar.update()
-        save_file(_unshared(tensors), folder / name, metadata={"format": "mlx"})
-        weight_map |= dict.fromkeys(tensors, name)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    bar.close()
-    report.bytes = total
-    index = {
-        "metadata": {"total_size": total},
-        "weight_map": dict(sorted(weight_map.items())),
-    }
-    write_json(folder / INDEX, index)
-    for name in set(weight_map.values()):  # safetensors makes them private
-        shutil.copymode(folder / INDEX, folder / name)
-
-
-def _shards(entries: list[_Entry], limit: int) -> Iterator[list[_Entry]]:
-    """Entries in order, in lists of at most `limit` bytes or of one entry."""
-    shard: list[_Entry] = []
-    size = 0
-    for entry in entries:
-        if shard and size + entry.nbytes > limit:
-            yield shard
-            shard, size = [], 0
-        shard.append(entry)
-        size += entry.nbytes
-    yield shard
+    """Write the index, the configuration and what else goes along."""
+    for name, shape in Names(model).unread.items():
+        writer.add({name: torch.zeros(*shape, dtype=dtype)})
+    writer.close()
+    report.bytes = writer.total
+    origin = origin_of(model)
+    formats = {n.removesuffix(".weight"): form for n, form in report.packed.items()}
+    write_json(folder / CONFIG, mlx_config(model, formats, dtype, origin))
+    report.tokenizer = write_companions(model, folder, tokenizer or origin)
+    report.files = sorted(path.name for path in folder.iterdir())
 
 
 def _move_into_place(beside: Path, folder: Path) -> None:

@@ -1,5 +1,8 @@
 """Stock transformers models with packed weights."""
 
+from .config import AffineQuantizationConfig
+from .convert import convert
 from .pretrained import from_pretrained
+from .register import register
 
-__all__ = ["from_pretrained"]
+__all__ = ["AffineQuantizationConfig", "convert", "from_pretrained", "register"]

@@ -1,0 +1,142 @@
+"""One load through transformers' own `from_pretrained`, with our reader below it.
+
+`affine_tensor.from_pretrained` and, after `register()`, transformers' end here.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils.hub import extract_commit_hash
+
+from .. import layout
+from ..checkpoint import mlx
+from ..checkpoint.files import CONFIG, Checkpoint
+from ..checkpoint.load import LoadReport
+from ..checkpoint.names import is_tower
+from .config import METHOD, AffineQuantizationConfig
+from .quantizer import DenseTensor, Loading, current
+from .saving import install as _install_saving
+
+# The stock one, whatever `register` puts in its place.
+_stock_from_pretrained = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
+
+# transformers changes what all threads share while it builds, the default dtype say.
+_one_at_a_time = threading.RLock()
+
+
+def load(
+    model_class: Any,
+    source: str | Path,
+    checkpoint: Checkpoint,
+    config: Any,
+    *,
+    quantization_config: AffineQuantizationConfig | None = None,
+    sink: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """The model of `model_class` and `config` from the checkpoint.
+
+    A checkpoint in MLX format decides how it is quantized; a dense one is quantized as
+    `quantization_config` says. `kwargs` are those of transformers' `from_pretrained`.
+    """
+    folder = checkpoint.folder
+    config = copy.deepcopy(config)
+    pre_quantized = mlx.recognizes(checkpoint)
+    loading = Loading(checkpoint, LoadReport(str(source)), sink=sink)
+    if pre_quantized:
+        model_class, config = _without_towers(model_class, config, loading)
+        _set_quantization(config, checkpoint, quantization_config)
+    else:
+        tensors = checkpoint.tensors.items()
+        loading.state = {name: DenseTensor(stored) for name, stored in tensors}
+        kwargs["quantization_config"] = quantization_config
+    if getattr(config, "dtype", None) is None:
+        config.dtype = _main_dtype(checkpoint)
+    generation = kwargs.pop("generation_config", None)
+    token = current.set(loading)
+    try:
+        with _one_at_a_time:
+            result = _stock_from_pretrained(
+                model_class, None, config=config, state_dict=loading.state, **kwargs
+            )
+    finally:
+        current.reset(token)
+    model = result[0] if isinstance(result, tuple) else result
+    model.config.name_or_path = str(source)
+    # Of a repository, the revision too: save_checkpoint takes the tokenizer from there.
+    model.config._commit_hash = extract_commit_hash(str(folder / CONFIG), None)
+    _set_generation(model, folder, generation)
+    _install_saving()
+    return result
+
+
+def _set_quantization(
+    config: Any, checkpoint: Checkpoint, given: AffineQuantizationConfig | None
+) -> None:
+    """Replace what config.json says of the format by what transformers understands."""
+    for own in (config, config.get_text_config()):
+        for key in ("quantization", "quantization_config"):
+            if hasattr(own, key):
+                delattr(own, key)
+    general = mlx.settings(checkpoint.config)[:1]
+    bits, group = [general[0].get(k) if general else None for k in ("bits", "group_size")]
+    if bits not in layout.BITS or group not in layout.GROUP_SIZES:
+        bits, group = 4, 64  # it says nothing general; only for show
+    config.quantization_config = {
+        "quant_method": METHOD,
+        "bits": bits,
+        "group_size": group,
+        "dequantize": given is not None and given.dequantize,
+    }
+
+
+def _without_towers(
+    model_class: Any, config: Any, loading: Loading
+) -> tuple[Any, Any]:
+    """The text class where the checkpoint has text alone.
+
+    mlx-lm drops `vision_config` and the tower's weights; transformers would fill in a
+    tower of its default size, of random weights.
+    """
+    sub_configs = getattr(config, "sub_configs", {})
+    towers = [k for k in ("vision_config", "audio_config") if k in sub_configs]
+    stored = loading.checkpoint
+    if not towers or any(is_tower(name) for name in stored.tensors):
+        return model_class, config
+    if any(stored.config.get(key) for key in towers):
+        return model_class, config  # it should have them: their weights are missing
+    text = config.get_text_config()
+    text_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
+    if text is config or text_class is None or text_class is model_class:
+        loading.seeing = False
+        return model_class, config
+    text.tie_word_embeddings = not any("lm_head." in name for name in stored.tensors)
+    if getattr(text, "dtype", None) is None:
+        text.dtype = config.dtype
+    return text_class, text
+
+
+def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The float dtype that most of its numbers have."""
+    sizes: Counter[torch.dtype] = Counter()
+    for stored in checkpoint.tensors.values():
+        if stored.dtype in layout.WEIGHT_DTYPES:
+            sizes[stored.dtype] += stored.nbytes
+    return sizes.most_common(1)[0][0] if sizes else torch.float32
+
+
+def _set_generation(model: Any, folder: Path, given: Any) -> None:
+    if not model.can_generate():
+        return
+    if given is not None:
+        model.generation_config = given
+    elif (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -1,0 +1,59 @@
+"""Every architecture that mlx-lm and transformers both have is among the cases."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+import architectures
+import cases_experts
+import cases_latent
+import cases_other
+import cases_recurrent
+import cases_seeing
+import pytest
+from model_types import ALONE, COUNTERPARTS, UNTESTED
+from transformers import CONFIG_MAPPING
+
+mlx_lm_models = pytest.importorskip("mlx_lm.models", reason="mlx-lm is missing")
+
+CASES = [
+    *architectures.CASES,
+    *cases_experts.CASES,
+    *cases_latent.CASES,
+    *cases_recurrent.CASES,
+    *cases_seeing.CASES,
+    *cases_other.CASES,
+]
+
+
+def test_every_model_type_of_mlx_lm_is_in_one_table() -> None:
+    from mlx_lm.utils import MODEL_REMAPPING
+
+    (folder,) = mlx_lm_models.__path__
+    # Not imported: some want packages of their own.
+    modules = {
+        path.stem
+        for path in Path(folder).glob("*.py")
+        if re.search(r"^class ModelArgs\b", path.read_text(), re.MULTILINE)
+    }
+    known = {*COUNTERPARTS, *ALONE}
+    assert (modules | set(MODEL_REMAPPING)) - known == set()
+    assert COUNTERPARTS.keys() & ALONE.keys() == set()
+
+
+def test_the_counterparts_are_there() -> None:
+    if tuple(map(int, version("transformers").split(".")[:2])) < (5, 23):
+        pytest.skip("the table is that of transformers 5.23")
+    assert set(COUNTERPARTS.values()) - set(CONFIG_MAPPING) == set()
+
+
+def test_every_model_type_with_a_counterpart_has_a_case() -> None:
+    tested = {case.model_type for case in CASES}
+    without = {
+        own
+        for own, counterpart in COUNTERPARTS.items()
+        if not tested & {own, counterpart}
+    }
+    assert without == set(UNTESTED)

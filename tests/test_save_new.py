@@ -1,0 +1,34 @@
+"""Models that never were MLX checkpoints are saved such that mlx-lm says the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import Case, drawn_by_transformers, mlx_logits
+from test_architectures import CASES, relative_l2
+from transformers import CONFIG_MAPPING
+
+from affine_tensor import save_checkpoint
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_mlx_lm_speaks_as_the_model_that_was_saved(case: Case, tmp_path: Path) -> None:
+    if case.model_type not in CONFIG_MAPPING:
+        pytest.skip(f"the installed transformers does not know {case.model_type}")
+    model = drawn_by_transformers(
+        case, tmp_path / "config", attn_implementation="eager"
+    ).eval()
+    # Nothing but the model says how it is configured.
+    model.config._name_or_path = ""
+
+    save_checkpoint(model, tmp_path / "saved")
+
+    generator = torch.Generator().manual_seed(1)
+    vocabulary = model.config.get_text_config().vocab_size
+    input_ids = torch.randint(vocabulary, (2, case.tokens), generator=generator)
+    with torch.no_grad():
+        logits = model(input_ids, use_cache=False).logits
+    error = relative_l2(logits, mlx_logits(tmp_path / "saved", input_ids))
+    assert error < case.tolerance
