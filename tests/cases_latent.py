@@ -43,6 +43,13 @@ YARN = {
     "original_max_position_embeddings": 64,
 }
 
+MISTRAL4_ROPE = {
+    **YARN,
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "llama_4_scaling_beta": 0.1,
+    "original_max_position_embeddings": 16,
+}
 LAYER_ROPE = {
     "full_attention": {
         "rope_type": "default",
@@ -78,6 +85,22 @@ CASES: list[Case] = [
         label="direct-q",
     ),
     Case(
+        "deepseek_v3",
+        {**LATENT, **EXPERTS, "n_routed_experts": 8, "n_group": 4, "topk_group": 2},
+        recipe="mixed_3_6",
+        dense=ABSORBED,
+        mlx_type="kimi_k2",
+        label="kimi_k2",
+    ),
+    Case(
+        "deepseek_v3",
+        {**LATENT, **EXPERTS},
+        bits=2,
+        dense=ABSORBED,
+        mlx_type="joyai_llm_flash",
+        label="joyai_llm_flash",
+    ),
+    Case(
         "deepseek_v32",
         {
             **LATENT,
@@ -92,7 +115,8 @@ CASES: list[Case] = [
     ),
     Case(
         "glm4_moe_lite",
-        {**LATENT, **EXPERTS, "attention_bias": True},
+        # transformers has this in the norms of the latent vectors in any case.
+        {**LATENT, **EXPERTS, "attention_bias": True, "rms_norm_eps": 1e-6},
         bits=6,
         group_size=32,
         dense=ABSORBED,
@@ -129,6 +153,7 @@ CASES: list[Case] = [
             "mla_use_nope": True,
             "model_max_length": 256,
             "routed_scaling_factor": 2.446,
+            "rms_norm_eps": 1e-6,  # transformers has this in the norm of latents
             "linear_attn_config": {
                 "full_attn_layers": [2],
                 "kda_layers": [1, 3],
@@ -172,17 +197,33 @@ CASES: list[Case] = [
             **LATENT,
             **EXPERTS,
             "head_dim": 96,  # both parts
-            "rope_parameters": {
-                **YARN,
-                "rope_type": "yarn",
-                "rope_theta": 10000.0,
-                "llama_4_scaling_beta": 0.1,
-                "original_max_position_embeddings": 16,
-            },
+            "rope_parameters": MISTRAL4_ROPE,
         },
         bits=5,
         dense=ABSORBED,
         model_class="Mistral4ForCausalLM",
+    ),
+    Case(
+        "mistral3",
+        {
+            "text_config": {
+                "model_type": "mistral4",
+                **COMMON,
+                **LATENT,
+                **EXPERTS,
+                "head_dim": 96,
+                "rope_parameters": MISTRAL4_ROPE,
+            },
+            "vision_config": {"model_type": "pixtral", "image_size": 32, **VISION},
+            "tie_word_embeddings": False,
+        },
+        bits=3,
+        group_size=32,
+        common=False,
+        dense=ABSORBED,
+        model_class="AutoModelForImageTextToText",
+        towers=TOWERS,
+        label="mistral4",
     ),
     Case(
         "mimo_v2_flash",
@@ -300,6 +341,7 @@ CASES: list[Case] = [
             },
             "vision_config": VISION,
             "projection_hidden_size": 64,
+            "tie_word_embeddings": False,
         },
         bits=2,
         group_size=32,

@@ -32,3 +32,17 @@ def test_mlx_lm_speaks_as_the_model_that_was_saved(case: Case, tmp_path: Path) -
         logits = model(input_ids, use_cache=False).logits
     error = relative_l2(logits, mlx_logits(tmp_path / "saved", input_ids))
     assert error < case.tolerance
+
+
+def test_what_mlx_has_no_place_for_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    # The router's correction, which mlx-lm does not apply.
+    case = next(case for case in CASES if case.model_type == "ernie4_5_moe")
+    model = drawn_by_transformers(case, tmp_path / "config")
+
+    with pytest.raises(ValueError, match="e_score_correction_bias: left out"):
+        save_checkpoint(model, tmp_path / "saved")
+
+    report = save_checkpoint(model, tmp_path / "saved", unsupported="dense")
+    left_out = [name for name in report.changed if "correction_bias" in name]
+    assert left_out == list(report.changed)
+    assert left_out

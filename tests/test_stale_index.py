@@ -155,7 +155,7 @@ LAYOUTS: dict[str, Layout] = {
         WHOLE | SOURCE, None, [ONE], peeked={ONE, *SOURCE}
     ),
     "no index, a dense file": Layout(
-        QUANTIZED | DENSE_WHOLE, None, [A, B], peeked={A, B, ONE}
+        SPLIT | DENSE_WHOLE, None, [A, B], peeked={A, B, ONE}
     ),
     "no index, some dense shards": Layout(
         WHOLE | {shard(2, 5): ["a"]}, None, [ONE], peeked={ONE, shard(2, 5)}
@@ -243,18 +243,24 @@ def test_what_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     two = write(tmp_path / "two", LAYOUTS["no index, two dense"])
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(two)
-    assert_expected_inline(said(str(caught.value)), """\
+    assert_expected_inline(
+        said(str(caught.value)),
+        """\
 the checkpoint in FOLDER/two holds 2 sets of weights:
   model-00001-of-00005.safetensors to model-00005-of-00005.safetensors (5
   files); model.safetensors. Of several the one is read that has tensors
   named *.scales, as MLX's quantized weights do; here none of them have. Put
   the files that belong together into a folder of their own, with the
-  config.json, and load that""")
+  config.json, and load that""",
+    )
     open_checkpoint(write(tmp_path / "stale", LAYOUTS["index of the source, one file"]))
-    assert_expected_inline(said(caplog.messages[0]), """\
+    assert_expected_inline(
+        said(caplog.messages[0]),
+        """\
 FOLDER/stale/model.safetensors.index.json is stale and not followed: it
   names model-00001-of-00005.safetensors to model-00005-of-00005.safetensors
-  (5 files), and there is no such file. What is read is model.safetensors""")
+  (5 files), and there is no such file. What is read is model.safetensors""",
+    )
 
 
 def test_strays_beside_a_good_index_are_not_opened(tmp_path: Path) -> None:
@@ -445,7 +451,9 @@ def test_a_server_without_ranges_serves_too(
         with pytest.raises(CheckpointError, match=layout.refused):
             fetch("org/model")
     else:
-        assert_reads(fetch("org/model"), tmp_path / "source", layout)
+        folder = fetch("org/model", cache_dir=tmp_path / "cache")
+        assert_reads(folder, tmp_path / "source", layout)
+        assert not Path(constants.HF_HUB_CACHE).exists()
     # Where ranges are refused, the files that decide are downloaded whole.
     whole = layout.peeked if ranges == "refused" else set()
     assert set(weights(server.downloads)) == whole | set(layout.read)
@@ -478,7 +486,7 @@ def test_names_are_not_taken_for_patterns(hub: Any, tmp_path: Path) -> None:
 
 def test_only_weights_of_the_folder_itself_are_listed(hub: Any, tmp_path: Path) -> None:
     server = hub(layout := LAYOUTS["index of the source, shards"])
-    below = tmp_path / "source" / "original"
+    below = tmp_path / "source" / "model-original"
     shutil.copytree(write(tmp_path / "other", Layout(WHOLE)), below)
     (below / CONFIG).unlink()
     save_file({"a": torch.ones(1)}, tmp_path / "source" / "consolidated.safetensors")

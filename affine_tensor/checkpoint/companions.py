@@ -72,9 +72,7 @@ def mlx_config(
         source = read_json(origin / CONFIG) if origin else {}
         kept = {k: v for k, v in source.items() if k not in _RESPELLED}
         config = {**kept, **config}
-        for alias, name in getattr(own, "attribute_map", {}).items():
-            if name in config:
-                config.setdefault(alias, config[name])
+        _add_aliases(own, config)
         # The model may have been cast, tied or untied since its configuration was made.
         name = layout.name_of(dtype)
         for part in (config, *_nested(config)):
@@ -88,12 +86,23 @@ def mlx_config(
     for key in ("_name_or_path", "quantization", "quantization_config"):
         config.pop(key, None)
     _spell_as_version_4(config)
-    config |= _settings_of_mlx(config)
+    for part in (config, *_nested(config)):
+        part |= _settings_of_mlx(part)
     config = _within_composite(config)
     if formats:
         quantization = _quantization(formats)
         config["quantization"] = config["quantization_config"] = quantization
     return dict(sorted(config.items()))
+
+
+def _add_aliases(own: Any, config: dict[str, Any]) -> None:
+    """Add the names that transformers reads a setting by and writes another for."""
+    for alias, name in getattr(own, "attribute_map", {}).items():
+        if name in config:
+            config.setdefault(alias, config[name])
+    for key, value in config.items():
+        if isinstance(value, dict) and "model_type" in value:
+            _add_aliases(getattr(own, key, None), value)
 
 
 # Text models of composite ones that mlx-lm has as types of their own.
@@ -120,9 +129,18 @@ def _settings_of_mlx(config: dict[str, Any]) -> dict[str, Any]:
     if model_type == "dbrx":
         rope_theta = config["rope_theta"]
         return {"attn_config": config["attn_config"] | {"rope_theta": rope_theta}}
+    if model_type in ("exaone4", "glm4_moe"):  # it has to be there
+        return {"rope_scaling": config.get("rope_scaling")}
     if model_type == "exaone_moe":
         sparse = [kind == "sparse" for kind in config["mlp_layer_types"]]
         return {"is_moe_layer": sparse}
+    if model_type in ("gemma4_text", "gemma4_unified_text"):
+        others = list((config.get("per_layer_config") or {}).values())[:1]
+        names = {
+            "head_dim": "global_head_dim",
+            "num_key_value_heads": "num_global_key_value_heads",
+        }
+        return {names[k]: v for own in others for k, v in own.items() if k in names}
     if model_type == "granitemoehybrid":
         spelled = {"linear_attention": "mamba", "full_attention": "attention"}
         new = {"layer_types": [spelled[kind] for kind in config["layer_types"]]}
@@ -145,8 +163,13 @@ def _settings_of_mlx(config: dict[str, Any]) -> dict[str, Any]:
             "shared_intermediate_size": 0,
         }
     if model_type == "solar_open":
-        new = {"first_k_dense_replace": 0, "partial_rotary_factor": 1.0}
-        return {"intermediate_size": config["moe_intermediate_size"]} | config | new
+        dense = config.get("intermediate_size", config["moe_intermediate_size"])
+        part = config.get("partial_rotary_factor", 1.0)
+        return {
+            "first_k_dense_replace": 0,
+            "intermediate_size": dense,
+            "partial_rotary_factor": part,
+        }
     return {"model_type": MLX_TYPES[model_type]} if model_type in MLX_TYPES else {}
 
 
@@ -221,11 +244,10 @@ def _spell_as_version_4(config: dict[str, Any]) -> None:
             config.setdefault(key, rope[key])
             if config.get("model_type") in _ROPE_OTHERWISE:
                 config.setdefault(_ROPE_OTHERWISE[config["model_type"]][key], rope[key])
-    config.setdefault("rope_scaling", None)
     kind = rope.get("rope_type")
     if kind in _ROPE_TYPES_OF_VERSION_4:
         scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
-        config["rope_scaling"] = {**scaling, "type": kind}
+        config.setdefault("rope_scaling", {**scaling, "type": kind})
 
 
 def write_companions(model: nn.Module, folder: Path, tokenizer: Any) -> bool:

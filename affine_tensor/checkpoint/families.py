@@ -253,6 +253,116 @@ def _gemma3n(config: Any) -> Family:
     )
 
 
+# ---- seeing
+
+_LLAMA4 = Family(
+    rules=[
+        Rule(
+            r"(.*\.experts)\.gate_up_proj",
+            Transposed(Rows(r"\1.gate_proj.weight", r"\1.up_proj.weight")),
+        ),
+        Rule(r"(.*\.experts)\.down_proj", Transposed(r"\1.down_proj.weight")),
+        # Of the text model alone, without the prefix of the one that sees.
+        Rule(r"lm_head\.weight", Stored("output.weight")),
+    ]
+)
+
+
+# ---- latent
+
+_MTP = "num_nextn_predict_layers"
+
+
+def _latent(config: Any) -> Family:
+    """Multi-head latent attention with `kv_b_proj` in two, as mlx-lm has it."""
+    form = AbsorbedKV(
+        r"\1.embed_q.weight",
+        r"\1.unembed_out.weight",
+        heads=config.num_attention_heads,
+        nope=config.qk_nope_head_dim,
+    )
+    # Further layers are heads that predict more tokens; mlx-lm skips them.
+    first, count = config.num_hidden_layers, getattr(config, _MTP, 0) or 0
+    layers = "|".join(map(str, range(first, first + count))) or "none"
+    return Family(
+        rules=[Rule(r"(.*)\.kv_b_proj\.weight", form)],
+        ignored=[rf"(.*\.)?layers\.({layers})\."],
+    )
+
+
+def _convolutions(q: str, k: str, v: str) -> Rule:
+    """One convolution here for queries, keys and values."""
+    return Rule(r"(.*)\.conv1d\.weight", ChannelsLast(Rows(q, k, v, axis=0)))
+
+
+def _kimi_linear(config: Any) -> Family:
+    return Family(
+        renames=[
+            (r"\.self_attn\.forget_gate\.", ".self_attn."),
+            (r"\.gate\.e_score_correction_bias$", ".e_score_correction_bias"),
+        ],
+        rules=[
+            *_latent(config).rules,
+            _convolutions(*(rf"\1.{part}_conv.conv.weight" for part in "qkv")),
+        ],
+    )
+
+
+def _bailing(config: Any) -> Family:
+    """mlx-lm's bailing_moe_v3. Only its full attention calls the last layer `dense`."""
+    full = [n for n, kind in enumerate(config.layer_types) if kind == "full_attention"]
+    layers = "|".join(map(str, full))
+    return Family(
+        renames=[
+            (r"\.embed_tokens\.", ".word_embeddings."),
+            (r"\.self_attn\.(forget_gate\.)?", ".attention."),
+            (rf"\.({layers})\.attention\.o_proj\.", r".\1.attention.dense."),
+            (r"\.gate\.e_score_correction_bias$", ".gate.expert_bias"),
+        ],
+        rules=[
+            *_latent(config).rules,
+            _convolutions(*(rf"\1.{part}_conv1d.weight" for part in "qkv")),
+        ],
+        ignored=_latent(config).ignored,
+    )
+
+
+def _longcat(config: Any) -> Family:
+    """The experts that are the identity have weights here, and nothing uses them."""
+    gate, up = (rf"\1.switch_mlp.{name}_proj.weight" for name in ("gate", "up"))
+    form = Padded(Rows(gate, up), config.zero_expert_num or 0)
+    return Family(
+        rules=[*_latent(config).rules, Rule(r"(.*)\.experts\.gate_up_proj", form)]
+    )
+
+
+_LAGUNA = Family(
+    renames=[
+        (r"\.mlp\.gate\.weight$", ".mlp.gate.proj.weight"),
+        (r"\.mlp\.shared_experts\.", ".mlp.shared_expert."),
+    ]
+)
+
+_MIMO_V2 = Family(renames=[(r"\.self_attn\.sinks$", ".self_attn.attention_sink_bias")])
+
+_MINIMAX_M3 = Family(
+    renames=[
+        (r"\.mlp\.(experts|gate|shared_experts)\.", r".block_sparse_moe.\1."),
+        (r"\.gate\.e_score_correction_bias$", ".e_score_correction_bias"),
+        (r"\.self_attn\.indexer\.([qk])_", r".self_attn.index_\1_"),
+    ],
+    rules=[
+        Rule(
+            r"(.*\.(?:mlp|shared_experts))\.gate_up_proj\.weight",
+            Rows(r"\1.gate_proj.weight", r"\1.up_proj.weight"),
+        )
+    ],
+)
+
+
+# mlx-lm's names of the model types that transformers calls otherwise.
+MLX_TYPES = {"hunyuan_v1_moe": "hunyuan", "youtu": "youtu_llm"}
+
 FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
     # ---- latent
     "bailing_hybrid": _bailing,

@@ -182,6 +182,11 @@ def _entries(
     problems: list[str] = []
     for name, value in _values(model):
         if names.is_absent(name):
+            if bool(value.count_nonzero()):
+                if unsupported == "error":
+                    problems.append(f"  {name}: left out, since MLX takes it for zeros")
+                else:
+                    report.changed[name] = "left out (MLX takes it for zeros)"
             continue
         form = next(names.forms(name, value.shape))
         dtype = scales if main and _counts_as(value, form, main[0][0]) else None

@@ -21,8 +21,8 @@ class AffineQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
     `bits` and `group_size` itself; then only `dequantize` counts.
 
     bits, group_size: as in `AffineConfig`.
-    modules_to_not_convert: names of modules that stay dense, or parts of names, as
-        transformers' other configs take them; default none.
+    modules_to_not_convert: modules that stay dense, by the beginnings or ends of their
+        names, as transformers' other configs take them; default none.
     dequantize: make every weight dense after reading.
     """
 

@@ -1,0 +1,191 @@
+"""Checkpoints of models that see, as mlx-vlm writes them, and their dense twins.
+
+A twin is a transformers model whose weights lie on a grid: what MLX quantizes of them
+loses nothing, so that the twin says what the checkpoint's model must say, without any
+knowledge of names. The checkpoint is written by mlx-vlm where it is installed, and
+otherwise after a table of its names, which is tested against mlx-vlm.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from architectures import _completed
+from torch import Tensor, nn
+
+Inputs = dict[str, Tensor]
+Pairs = Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Seeing:
+    """A model type, what it is shown, and what mlx-vlm calls its tensors.
+
+    `inputs` makes what the model is called with. `stored` are pairs of `re.sub` from
+    transformers' names to those of mlx-vlm; the first that matches is applied.
+    `plus_one` matches norms that are stored as 1 + w. `published` are pairs from the
+    names that transformers writes to those of published checkpoints, which mlx-vlm
+    reads; `settings` are those of a published config.json that transformers has not,
+    and `mlx_type` the model type there.
+
+    The text has `bits` and `group_size`; the tower has `tower_bits`, or is dense.
+    """
+
+    model_type: str
+    config: Mapping[str, Any]
+    inputs: Callable[[], Inputs]
+    stored: Pairs = ()
+    plus_one: str = ""
+    published: Pairs = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    mlx_type: str = ""
+    model_class: str = "AutoModelForImageTextToText"
+    bits: int = 4
+    group_size: int = 64
+    tower_bits: int | None = None
+    label: str = ""
+
+    def __str__(self) -> str:
+        tower = f"-tower{self.tower_bits}" if self.tower_bits else ""
+        label = f"-{self.label}" if self.label else ""
+        return f"{self.model_type}{label}-{self.bits}bit-g{self.group_size}{tower}"
+
+
+TOWERS = re.compile(
+    r"vision|visual|projector|connector|image_newline|audio|perceive|embed_vision"
+)
+
+
+def bits_of(case: Seeing, name: str) -> int | None:
+    """How many bits a weight of this name has, in either library."""
+    return case.tower_bits if TOWERS.search(name) else case.bits
+
+
+def stock_model(case: Seeing) -> Any:
+    """A transformers model of the case, with any weights."""
+    import transformers
+    from transformers import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[case.model_type].from_dict(
+        {**case.config, "model_type": case.model_type}
+    )
+    auto = getattr(transformers, case.model_class)
+    build = getattr(auto, "from_config", None) or auto._from_config
+    model = build(config, dtype=torch.float32, attn_implementation="eager")
+    return model.float().eval()
+
+
+def dense_twin(case: Seeing) -> Any:
+    """A model of weights that MLX quantizes without loss; all is off its initial value."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = stock_model(case)
+        for tensor in {t.data_ptr(): t for t in model.state_dict().values()}.values():
+            if tensor.is_floating_point():
+                tensor.add_(torch.randn_like(tensor), alpha=0.1)
+        with torch.no_grad():
+            for name, weight, axis in _quantizable(model):
+                bits = bits_of(case, name)
+                if bits and weight.shape[axis] % case.group_size == 0:
+                    weight.copy_(_on_grid(weight, bits, case.group_size, axis))
+    return model
+
+
+def _quantizable(model: nn.Module) -> list[tuple[str, Tensor, int]]:
+    """What MLX may quantize, with the axis along which its groups run."""
+    found = []
+    for prefix, module in model.named_modules():
+        for own, weight in module.named_parameters(recurse=False):
+            name = f"{prefix}.{own}"
+            if isinstance(module, (nn.Linear, nn.Embedding)) and own == "weight":
+                found.append((name, weight, -1))
+            elif prefix.endswith(".experts") and weight.dim() == 3:
+                transposed = type(module).__name__ == "Llama4TextExperts"
+                found.append((name, weight, -2 if transposed else -1))
+            elif own in ("in_proj_weight", "weight") and weight.dim() == 2:
+                found.append((name, weight, -1))
+    return found
+
+
+def _on_grid(weight: Tensor, bits: int, group_size: int, axis: int) -> Tensor:
+    top = (1 << bits) - 1
+    moved = weight.movedim(axis, -1)
+    codes = torch.randint(top + 1, moved.shape)
+    groups = codes.unflatten(-1, (-1, group_size))
+    ends = torch.rand(groups.shape).argsort(-1)[..., :2]  # each group uses all its range
+    groups.scatter_(-1, ends, torch.tensor([0, top]).expand(ends.shape))
+    values = (groups.flatten(-2) - (1 << bits - 1)) * 2.0 ** -(bits + 2)
+    return values.movedim(-1, axis)
+
+
+# ---- by mlx-vlm ------------------------------------------------------------------
+
+
+def write_with_mlx_vlm(case: Seeing, twin: Any, folder: Path) -> None:
+    """Lets mlx-vlm read the twin, quantize it, and write it into `folder`."""
+    import mlx.core as mx
+    from mlx_vlm.quant_utils import quantize_model
+    from mlx_vlm.utils import load_model, save_config, save_weights
+
+    dense = folder / "dense"
+    write_published(case, twin, dense)
+    model = load_model(dense)
+    model.set_dtype(mx.float32)
+    config = json.loads((dense / "config.json").read_text())
+    own = getattr(model, "quant_predicate", lambda path, module: True)
+
+    def predicate(path: str, module: Any) -> Any:
+        bits = bits_of(case, path)
+        if not bits or own(path, module) is False:
+            return False
+        return {"bits": bits, "group_size": case.group_size} if TOWERS.search(path) else True
+
+    model, config = quantize_model(
+        model, config, case.group_size, case.bits, quant_predicate=predicate
+    )
+    save_weights(folder, model)
+    save_config(config, folder / "config.json")
+    for file in dense.iterdir():
+        file.unlink()
+    dense.rmdir()
+
+
+def write_published(case: Seeing, twin: Any, folder: Path) -> None:
+    """The twin as published checkpoints have it."""
+    from safetensors.torch import load_file, save_file
+
+    twin.save_pretrained(folder)
+    file, path = folder / "model.safetensors", folder / "config.json"
+    tensors = load_file(file)
+    renamed = {_renamed(name, case.published): t for name, t in tensors.items()}
+    save_file(renamed, file, metadata={"format": "pt"})
+    path.write_text(json.dumps(published_config(case, path)))
+
+
+def published_config(case: Seeing, path: Path) -> dict[str, Any]:
+    """The configuration that transformers wrote, with what a published one has."""
+    config = _completed(case.config, json.loads(path.read_text()))
+    config = _deep(config, case.settings)
+    return {**config, "model_type": case.mlx_type or case.model_type}
+
+
+def _deep(config: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    nested = {
+        key: _deep(config[key], value)
+        for key, value in more.items()
+        if isinstance(value, dict) and isinstance(config.get(key), dict)
+    }
+    return {**config, **more, **nested}
+
+
+def _renamed(name: str, pairs: Pairs) -> str:
+    for pattern, replacement in pairs:
+        if re.search(pattern, name):
+            return re.sub(pattern, replacement, name)
+    return name
