@@ -155,22 +155,25 @@ CASES: list[Case] = [
         bits=5,
         label="dense",
     ),
+    # As wide as an expert is, and with more of them than one digit counts: neither a
+    # transposed weight nor one out of order has another shape.
     Case(
         "dbrx",
         {
             "vocab_size": 256,
-            "d_model": 128,
-            "n_heads": 4,
+            "d_model": 64,
+            "n_heads": 2,
             "n_layers": 2,
             "max_seq_len": 256,
-            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+            "attn_config": {"kv_n_heads": 1, "clip_qkv": 8.0, "rope_theta": 20000.0},
             "ffn_config": {
                 "ffn_hidden_size": 64,
-                "moe_num_experts": 4,
-                "moe_top_k": 2,
+                "moe_num_experts": 12,
+                "moe_top_k": 4,
                 "moe_normalize_expert_weights": 1.0,
             },
-            "rope_theta": 10000.0,
+            # Which transformers reads here only.
+            "rope_theta": 20000.0,
             "tie_word_embeddings": False,
         },
         common=False,

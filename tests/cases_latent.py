@@ -277,6 +277,7 @@ CASES: list[Case] = [
             "architectures": ["BailingMoeV3ForCausalLM"],
             **LATENT,
             "q_lora_rank": None,
+            "head_dim": 64,  # of linear attention
             "num_hidden_layers": 4,
             "layer_group_size": 2,
             "moe_intermediate_size": 64,

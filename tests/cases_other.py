@@ -60,6 +60,14 @@ CASES: list[Case] = [
     # mlx-lm reads the layout of OpenAI's MXFP4 files only.
     Case("gpt_oss", GPT_OSS, group_size=32, drawn_by_mlx=True),
     Case("gpt_oss", GPT_OSS, bits=8, drawn_by_mlx=True),
+    Case(
+        "gpt_oss",
+        GPT_OSS,
+        drawn_by_mlx=True,
+        formats={r"\.experts\.gate_proj$": (6, 64)},
+        dense=(r"\.experts\.gate_up_proj$",),
+        label="gate-unlike-up",
+    ),
     # mlx-lm reads the names of the original code only.
     Case("nanochat", {"rms_norm_eps": 1e-5}, bits=8, drawn_by_mlx=True),
 ]

@@ -215,13 +215,25 @@ CASES: list[Case] = [
     Case("lfm2", {**LFM2, "conv_bias": True}, bits=8, group_size=32),
     Case("lfm2_moe", LFM2_MOE, bits=5),
     # mlx-lm calls a norm otherwise than transformers writes it.
-    Case("olmo_hybrid", OLMO_HYBRID, drawn_by_mlx=True),
+    Case("olmo_hybrid", OLMO_HYBRID, group_size=128, drawn_by_mlx=True),
     Case("qwen3_next", {**QWEN3_NEXT, **QWEN3_NEXT_EXPERTS}),
+    Case(
+        "qwen3_next",
+        {
+            **QWEN3_NEXT,
+            **QWEN3_NEXT_EXPERTS,
+            "attention_bias": True,
+            "mlp_only_layers": [1],
+        },
+        bits=3,
+        group_size=32,
+        label="dense",
+    ),
     Case(
         "qwen3_5",
         composite("qwen3_5", **QWEN3_5, tie_word_embeddings=True),
         common=False,
-        bits=6,
+        recipe="mixed_4_6",
     ),
     Case(
         "qwen3_5",
@@ -249,7 +261,7 @@ CASES: list[Case] = [
         bits=8,
         label="seeing",
     ),
-    Case("apertus", APERTUS),
+    Case("apertus", APERTUS, bits=8, group_size=128),
     Case(
         "gemma3n",
         {"text_config": GEMMA3N_TEXT},

@@ -31,8 +31,9 @@ class Seeing:
     transformers' names to those of mlx-vlm; the first that matches is applied.
     `plus_one` matches norms that are stored as 1 + w. `published` are pairs from the
     names that transformers writes to those of published checkpoints, which mlx-vlm
-    reads; `settings` are those of a published config.json that transformers has not,
-    and `mlx_type` the model type there.
+    reads, and `published_transposed` what is transposed there; `settings` are those of
+    a published config.json that transformers has not (None: that it has), and `mlx_type`
+    the model type there.
 
     The text has `bits` and `group_size`; the tower has `tower_bits`, or is dense.
     """
@@ -43,6 +44,7 @@ class Seeing:
     stored: Pairs = ()
     plus_one: str = ""
     published: Pairs = ()
+    published_transposed: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     mlx_type: str = ""
     model_class: str = "AutoModelForImageTextToText"
@@ -118,7 +120,9 @@ def _on_grid(weight: Tensor, bits: int, group_size: int, axis: int) -> Tensor:
     moved = weight.movedim(axis, -1)
     codes = torch.randint(top + 1, moved.shape)
     groups = codes.unflatten(-1, (-1, group_size))
-    ends = torch.rand(groups.shape).argsort(-1)[..., :2]  # each group uses all its range
+    ends = torch.rand(groups.shape).argsort(-1)[
+        ..., :2
+    ]  # each group uses all its range
     groups.scatter_(-1, ends, torch.tensor([0, top]).expand(ends.shape))
     values = (groups.flatten(-2) - (1 << bits - 1)) * 2.0 ** -(bits + 2)
     return values.movedim(-1, axis)
@@ -138,13 +142,17 @@ def write_with_mlx_vlm(case: Seeing, twin: Any, folder: Path) -> None:
     model = load_model(dense)
     model.set_dtype(mx.float32)
     config = json.loads((dense / "config.json").read_text())
-    own = getattr(model, "quant_predicate", lambda path, module: True)
+    own = getattr(model, "quant_predicate", None) or (lambda path, module: True)
 
     def predicate(path: str, module: Any) -> Any:
         bits = bits_of(case, path)
         if not bits or own(path, module) is False:
             return False
-        return {"bits": bits, "group_size": case.group_size} if TOWERS.search(path) else True
+        return (
+            {"bits": bits, "group_size": case.group_size}
+            if TOWERS.search(path)
+            else True
+        )
 
     model, config = quantize_model(
         model, config, case.group_size, case.bits, quant_predicate=predicate
@@ -163,6 +171,9 @@ def write_published(case: Seeing, twin: Any, folder: Path) -> None:
     twin.save_pretrained(folder)
     file, path = folder / "model.safetensors", folder / "config.json"
     tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if case.published_transposed and re.search(case.published_transposed, name):
+            tensors[name] = tensor.mT.contiguous()
     renamed = {_renamed(name, case.published): t for name, t in tensors.items()}
     save_file(renamed, file, metadata={"format": "pt"})
     path.write_text(json.dumps(published_config(case, path)))
@@ -181,7 +192,8 @@ def _deep(config: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in more.items()
         if isinstance(value, dict) and isinstance(config.get(key), dict)
     }
-    return {**config, **more, **nested}
+    merged = {**config, **more, **nested}
+    return {k: v for k, v in merged.items() if v is not None or k not in more}
 
 
 def _renamed(name: str, pairs: Pairs) -> str:

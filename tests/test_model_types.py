@@ -50,10 +50,9 @@ def test_the_counterparts_are_there() -> None:
 
 
 def test_every_model_type_with_a_counterpart_has_a_case() -> None:
-    tested = {case.model_type for case in CASES}
-    without = {
-        own
-        for own, counterpart in COUNTERPARTS.items()
-        if not tested & {own, counterpart}
-    }
-    assert without == set(UNTESTED)
+    # By the name of its architecture mlx-lm takes this one for another.
+    modules = {"bailing_hybrid": "bailing_moe_v3"}
+    types = [case.mlx_type or case.model_type for case in CASES]
+    tested = {modules.get(name, name) for name in types}
+    assert COUNTERPARTS.keys() - tested == UNTESTED.keys()
+    assert {case.model_type for case in CASES} <= set(COUNTERPARTS.values())

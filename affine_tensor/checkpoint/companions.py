@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -126,14 +127,19 @@ def _settings_of_mlx(config: dict[str, Any]) -> dict[str, Any]:
     """What mlx-lm spells in a way of its own, and what it must be told of a model that
     transformers knows in one form only."""
     model_type = config.get("model_type")
+    if model_type == "apertus":
+        return {"mlp_bias": False, "post_norm": False, "qk_norm": True}
     if model_type == "dbrx":
         rope_theta = config["rope_theta"]
         return {"attn_config": config["attn_config"] | {"rope_theta": rope_theta}}
-    if model_type in ("exaone4", "glm4_moe"):  # it has to be there
+    if model_type in ("exaone4", "glm4_moe", "llama4_text"):  # it has to be there
         return {"rope_scaling": config.get("rope_scaling")}
     if model_type == "exaone_moe":
         sparse = [kind == "sparse" for kind in config["mlp_layer_types"]]
         return {"is_moe_layer": sparse}
+    if model_type == "falcon_h1":
+        each = config["hidden_size"] // config["num_attention_heads"]
+        return {"head_dim": config.get("head_dim") or each}
     if model_type in ("gemma4_text", "gemma4_unified_text"):
         others = list((config.get("per_layer_config") or {}).values())[:1]
         names = {
@@ -156,12 +162,19 @@ def _settings_of_mlx(config: dict[str, Any]) -> dict[str, Any]:
             "use_cla": False,
             "cla_share_factor": 1,
         }
+    if model_type == "lfm2":
+        return {"block_dim": config["hidden_size"]}
+    if model_type == "mamba2":
+        return {"intermediate_size": config["expand"] * config["hidden_size"]}
     if model_type == "minimax_m2":
         part = config.get("partial_rotary_factor", 1.0)
         return {
             "rotary_dim": int(config["head_dim"] * part),
             "shared_intermediate_size": 0,
         }
+    if model_type in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"):
+        layers = [*config["layer_types"], "full_attention"]
+        return {"full_attention_interval": layers.index("full_attention") + 1}
     if model_type == "solar_open":
         dense = config.get("intermediate_size", config["moe_intermediate_size"])
         part = config.get("partial_rotary_factor", 1.0)
@@ -170,7 +183,97 @@ def _settings_of_mlx(config: dict[str, Any]) -> dict[str, Any]:
             "intermediate_size": dense,
             "partial_rotary_factor": part,
         }
+    if model_type in _LATENT:
+        return _LATENT[model_type](config)
     return {"model_type": MLX_TYPES[model_type]} if model_type in MLX_TYPES else {}
+
+
+def _leading_dense(config: dict[str, Any]) -> dict[str, Any]:
+    """mlx-lm knows only how many layers before the first one with experts."""
+    kinds = config.get("mlp_layer_types")
+    if kinds is None:
+        return {}
+    dense = [*kinds, "sparse"].index("sparse")
+    return {"first_k_dense_replace": dense, "moe_layer_freq": 1}
+
+
+def _glm_moe_dsa(config: dict[str, Any]) -> dict[str, Any]:
+    routing = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+    return _leading_dense(config) | routing
+
+
+def _bailing(config: dict[str, Any]) -> dict[str, Any]:
+    kinds = [*config["layer_types"], "full_attention"]
+    return _leading_dense(config) | {
+        # By this mlx-lm knows it from an older model of the same type.
+        "architectures": ["BailingMoeV3ForCausalLM"],
+        # That of linear attention; transformers writes the rotated part of the other.
+        "head_dim": config["linear_head_dim"],
+        "layer_group_size": kinds.index("full_attention") + 1,
+        "moe_shared_expert_intermediate_size": config["moe_intermediate_size"],
+        "no_kda_lora": True,
+        "q_lora_rank": None,
+        "rope_interleave": True,
+    }
+
+
+def _kimi_linear(config: dict[str, Any]) -> dict[str, Any]:
+    kinds = list(enumerate(config["layer_types"], 1))
+    linear = {
+        "full_attn_layers": [n for n, kind in kinds if kind == "full_attention"],
+        "kda_layers": [n for n, kind in kinds if kind == "linear_attention"],
+        "num_heads": config["linear_num_heads"],
+        "head_dim": config["linear_head_dim"],
+        "short_conv_kernel_size": config["linear_conv_kernel_dim"],
+    }
+    # It has no rotary positions, but mlx-lm wants their base.
+    fixed = {"mla_use_nope": True, "rope_theta": config.get("rope_theta", 10000.0)}
+    return _leading_dense(config) | fixed | {"linear_attn_config": linear}
+
+
+def _longcat(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "attention_method": "MLA",
+        "mla_scale_kv_lora": True,
+        "mla_scale_q_lora": True,
+        "zero_expert_type": "identity",
+    }
+
+
+def _mimo_v2(config: dict[str, Any]) -> dict[str, Any]:
+    sliding = config["rope_parameters"]["sliding_attention"]
+    return {
+        "add_full_attention_sink_bias": False,
+        "add_swa_attention_sink_bias": True,
+        "hybrid_layer_pattern": [
+            int(kind == "sliding_attention") for kind in config["layer_types"]
+        ],
+        "layernorm_epsilon": config["rms_norm_eps"],
+        "moe_layer_freq": [int(kind == "sparse") for kind in config["mlp_layer_types"]],
+        "n_shared_experts": None,
+        "scoring_func": "sigmoid",
+        # transformers adds one to this when it reads it.
+        "sliding_window_size": config["sliding_window"] - 1,
+        "swa_head_dim": config["head_dim"],
+        "swa_num_attention_heads": config["num_attention_heads"],
+        "swa_num_key_value_heads": 2 * config["num_key_value_heads"],
+        "swa_rope_theta": sliding["rope_theta"],
+        "swa_v_head_dim": config["v_head_dim"],
+        "topk_method": "noaux_tc",
+    }
+
+
+# What mlx-lm wants to be told of models with latent attention, and of their kin.
+_LATENT: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "bailing_hybrid": _bailing,
+    "deepseek_v32": _leading_dense,
+    "glm4_moe_lite": _leading_dense,
+    "glm_moe_dsa": _glm_moe_dsa,
+    "kimi_linear": _kimi_linear,
+    "laguna": lambda config: {"qkv_bias": config["attention_bias"]},
+    "longcat_flash": _longcat,
+    "mimo_v2_flash": _mimo_v2,
+}
 
 
 # Later kinds have no old spelling, and transformers does not take one for them.

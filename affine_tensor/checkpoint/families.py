@@ -48,6 +48,10 @@ class Family:
     ignored: patterns (`re.match`) of stored names that the model has no place for.
     unread: tensors that mlx-lm's model has and does not use, with their shapes; they are
         saved as zeros.
+    told_by: pattern (`re.search`) of convolutions by whose layout mlx-lm tells whether
+        the values of a file are MLX's own. A file in torch's layout is refused.
+    prefixes: pairs of the model's own prefix and MLX's, tried before the general ones;
+        the first that matches counts.
     experts: where MLX has ``(.*).experts`` if not in ``\\1.switch_mlp``.
     """
 
@@ -56,6 +60,8 @@ class Family:
     absent: Sequence[str] = ()
     ignored: Sequence[str] = ()
     unread: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    told_by: str = ""
+    prefixes: Sequence[tuple[str, str]] = ()
     experts: str = ""
 
 
@@ -128,6 +134,19 @@ def _granite_hybrid(config: Any) -> Family:
     )
 
 
+# mlx-lm has no such bias: it drops it where the original has one. It skips the heads
+# that predict more tokens.
+_ERNIE_MOE = Family(
+    absent=[r"\.moe_statics\.e_score_correction_bias$"],
+    ignored=[r"(.*\.)?mtp_(block|linear_proj|hidden_norm|emb_norm)\."],
+)
+
+
+def _glm4_moe(config: Any) -> Family:
+    """The layer after the last is a head that predicts one more token."""
+    return Family(ignored=[rf"model\.layers\.{config.num_hidden_layers}\."])
+
+
 def _dbrx(config: Any) -> Family:
     """One matrix for all experts here, expert under expert; `w2` is transposed."""
 
@@ -175,13 +194,15 @@ _QWEN3_NEXT = Family(
             r"|(?:.*model\.)?norm\.weight)",
             PlusOne(r"\1"),
         )
-    ]
+    ],
+    told_by=r"\.conv1d\.weight$",
 )
 
 # Also the text model alone lies in `language_model`.
 _QWEN3_5 = Family(
     renames=[(r"^(model\.(?!vis)|lm_head\.)", r"language_model.\1")],
     rules=_QWEN3_NEXT.rules,
+    told_by=_QWEN3_NEXT.told_by,
 )
 
 
@@ -224,7 +245,8 @@ def _falcon_h1(config: Any) -> Family:
             Rule(rf"((?:.*\.)?{module}\.weight)", Scaled(r"\1", factor))
             for module, factor in factors.items()
             if factor != 1
-        ]
+        ],
+        told_by=r"\.conv1d\.weight$",
     )
 
 
@@ -254,6 +276,18 @@ def _gemma3n(config: Any) -> Family:
 
 
 # ---- seeing
+
+# mlx-vlm has the tower one level deeper.
+_NESTED_TOWER = Family(prefixes=[("model.vision_tower.", "vision_tower.vision_model.")])
+
+_GEMMA4 = Family(experts=r"\1.experts.switch_glu")
+
+_GEMMA4_UNIFIED = Family(
+    prefixes=[
+        ("model.embed_vision.multimodal_embedder.", "embed_vision."),
+        ("model.embed_vision.", "vision_embedder."),
+    ]
+)
 
 _LLAMA4 = Family(
     rules=[
@@ -363,6 +397,12 @@ _MINIMAX_M3 = Family(
 # mlx-lm's names of the model types that transformers calls otherwise.
 MLX_TYPES = {"hunyuan_v1_moe": "hunyuan", "youtu": "youtu_llm"}
 
+# The other way: types that transformers knows by another name, if at all.
+TRANSFORMERS_TYPES = {mlx: own for own, mlx in MLX_TYPES.items()} | {
+    "joyai_llm_flash": "deepseek_v3",
+    "kimi_k2": "deepseek_v3",
+}
+
 FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
     # ---- latent
     "bailing_hybrid": _bailing,
@@ -377,7 +417,22 @@ FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
     "minimax_m3_vl_text": _MINIMAX_M3,
     "mistral4": _latent,
     # ---- seeing
+    "gemma4_text": _GEMMA4,
+    "gemma4_unified": _GEMMA4_UNIFIED,
     "llama4_text": _LLAMA4,
+    **dict.fromkeys(
+        (
+            "aya_vision",
+            "cohere2_vision",
+            "gemma3",
+            "llava",
+            "llava_next",
+            "llava_onevision",
+            "mistral3",
+            "paligemma",
+        ),
+        _NESTED_TOWER,
+    ),
     # ---- recurrent
     "apertus": _APERTUS,
     "falcon_h1": _falcon_h1,
@@ -392,8 +447,8 @@ FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
     "afmoe": Family(experts=r"\1.experts"),
     "dbrx": _dbrx,
     "dots1": Family(experts=r"\1.experts"),
-    # mlx-lm has no such bias: it drops it where the original has one.
-    "ernie4_5_moe": Family(absent=[r"\.moe_statics\.e_score_correction_bias$"]),
+    "ernie4_5_moe": _ERNIE_MOE,
+    "glm4_moe": _glm4_moe,
     "granitemoe": _GRANITE_MOE,
     "granitemoehybrid": _granite_hybrid,
     "minimax_m2": _MIXTRAL,

@@ -69,7 +69,12 @@ class LoadReport:
             f"{self.dense_bytes:,} dense",
             format_table(rows),
         ]
-        lines += [f"{name}: {text}" for name, text in self.notes.items()]
+        by_text: dict[str, list[str]] = {}
+        for name, text in self.notes.items():
+            by_text.setdefault(text, []).append(name)
+        for text, names in by_text.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"{', '.join(names[:3])}{more}: {text}")
         if self.ignored:
             lines.append(f"not needed by the model: {', '.join(self.ignored)}")
         return "\n".join(lines)
@@ -112,8 +117,8 @@ class Planned:
     def read(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Read it to `device`, as a parameter of `dtype`.
 
-        Packed weights stay packed where their form can be had so. A dense value that
-        does not survive the way to `dtype` and back (1 + w, in bfloat16) is float32.
+        Packed weights stay packed where their form can be had so. A vector that does not
+        survive the way to `dtype` and back (1 + w, in bfloat16) is float32.
         """
         name, shape = self.target.name, self.target.parameter.shape
         if self.form is None:
@@ -165,7 +170,9 @@ class Planned:
     def _cast(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         own = cast(self.target.name, value, dtype)
         forms = [] if self.form is None else list(self.form.forms())
-        if value.is_meta or not any(form.changes_values for form in forms):
+        changes = any(form.changes_values for form in forms)
+        # Matrices are multiplied with activations, which have the dtype of the model.
+        if value.is_meta or value.dim() > 1 or not changes:
             return own
         wide = value.to(torch.promote_types(value.dtype, torch.float32))
         assert self.form is not None
@@ -286,7 +293,7 @@ def make_plan(model: nn.Module, checkpoint: Checkpoint) -> Plan:
         if id(target.parameter) not in filled and names.is_absent(name):
             plan.items.append(Planned(target, None, {}))
             filled.add(id(target.parameter))
-    unexpected = []
+    unexpected: list[str] = []
     for name in checkpoint.tensors:
         if name not in used:
             ignored = name in others or names.is_ignored(name)

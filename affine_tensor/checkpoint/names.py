@@ -50,8 +50,8 @@ _PREFIXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     ("model.vision_model.", ("vision_model.", "vision_tower.", "model.vision_model.")),
     (
-        "model.multi_modal_projector.",
-        ("multi_modal_projector.", "model.multi_modal_projector."),
+        "model.text_model.",
+        ("language_model.", "language_model.model.", "model.text_model.", "model."),
     ),
     (
         "model.",
@@ -103,7 +103,9 @@ class Names:
         found = families_of(config)
         self._renames = [pair for family in found for pair in family.renames]
         self._rules = [rule for family in found for rule in family.rules]
+        self._prefixes = [pair for family in found for pair in family.prefixes]
         self._experts = [family.experts for family in found if family.experts]
+        self._told_by = [family.told_by for family in found if family.told_by]
         self.unread = {n: s for family in found for n, s in family.unread.items()}
         self._absent = [re.compile(p) for family in found for p in family.absent]
         ignored = [*_IGNORED, *(p for family in found for p in family.ignored)]
@@ -115,7 +117,11 @@ class Names:
         modules = dict(model.named_modules())
         self._modules = modules
         self._headless = not any("lm_head" in n.split(".") for n in modules)
-        self._nested = any(n.startswith("model.language_model.") for n in modules)
+        # Where the text model lies; `root` is what a body alone lacks of its prefix.
+        texts = ("language_model.layers.", "text_model.layers.")
+        self._root = "model." if any(n.startswith(texts) for n in modules) else ""
+        texts = ("model.language_model.", "model.text_model.")
+        self._nested = any((self._root + n).startswith(texts) for n in modules)
 
     def forms(self, name: str, shape: Sequence[int]) -> Iterator[Form]:
         """The forms of a parameter or buffer of this name, the one to save first."""
@@ -128,7 +134,8 @@ class Names:
                 match = re.fullmatch(rule.pattern, renamed)
                 if match:
                     yield _expanded(rule.form, match, shape)
-            yield from _own_forms(name, renamed, module)
+            told = any(re.search(pattern, renamed) for pattern in self._told_by)
+            yield from _own_forms(name, renamed, module, told)
 
     def _expert_rules(self, name: str, module: nn.Module | None) -> Iterator[Rule]:
         return _expert_rules(name, module, (*self._experts, *_EXPERTS))
@@ -147,20 +154,31 @@ class Names:
 
     def _spelled(self, name: str) -> Iterator[str]:
         """The name with each of the prefixes that it may have in MLX."""
+        name = self._root + name
+        for own, prefix in self._prefixes:
+            if name.startswith(own):
+                yield prefix + name[len(own) :]
+                break
         for own, stored in _PREFIXES:
             if name.startswith(own):
                 if own == "lm_head." and self._nested:  # beside the text model there
                     stored = (stored[1], stored[0], stored[2])
+                if own == "model." and self._nested:  # a part beside the text model
+                    stored = ("", *stored)
                 for prefix in stored:
                     yield prefix + name[len(own) :]
                 return
 
 
-def _own_forms(name: str, stored: str, module: nn.Module | None) -> Iterator[Form]:
+def _own_forms(
+    name: str, stored: str, module: nn.Module | None, in_mlx_layout: bool
+) -> Iterator[Form]:
     """Alone under its name, as the kind of its module has it."""
     own = name.rpartition(".")[2]
     if own == "weight" and isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         yield ChannelsLast(stored)
+        if in_mlx_layout:
+            return
     if own == "weight" and type(module).__name__ == "Conv1D":  # transformers' own
         yield Transposed(stored)
         return

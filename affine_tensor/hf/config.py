@@ -12,8 +12,8 @@ from .. import layout
 METHOD = "affine"
 
 
-@register_quantization_config(METHOD)  # type: ignore[untyped-decorator]
-class AffineQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
+@register_quantization_config(METHOD)
+class AffineQuantizationConfig(QuantizationConfigMixin):
     """How transformers' `from_pretrained` quantizes a dense model, or reads an MLX one.
 
     Given for a dense checkpoint, its weights are quantized one by one while they are
@@ -41,7 +41,7 @@ class AffineQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 "group_size, modules_to_not_convert and dequantize"
             )
         layout.check_format(bits, group_size)
-        self.quant_method = METHOD
+        self.quant_method: Any = METHOD
         self.bits = bits
         self.group_size = group_size
         self.modules_to_not_convert = modules_to_not_convert

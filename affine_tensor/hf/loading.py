@@ -70,7 +70,7 @@ def load(
     finally:
         current.reset(token)
     model = result[0] if isinstance(result, tuple) else result
-    model.config.name_or_path = str(source)
+    model.name_or_path = model.config.name_or_path = str(source)
     # Of a repository, the revision too: save_checkpoint takes the tokenizer from there.
     model.config._commit_hash = extract_commit_hash(str(folder / CONFIG), None)
     _set_generation(model, folder, generation)

@@ -6,12 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import layout
 from ..checkpoint import mlx
-from ..checkpoint.files import CheckpointError, as_dtype, fetch, open_checkpoint
+from ..checkpoint.families import TRANSFORMERS_TYPES
+from ..checkpoint.files import (
+    Checkpoint,
+    CheckpointError,
+    as_dtype,
+    fetch,
+    open_checkpoint,
+)
 from ..checkpoint.load import why_not_mlx
 from . import loading
 from .register import as_affine
@@ -66,9 +73,7 @@ def from_pretrained(
     if given is None and not mlx.recognizes(checkpoint):
         raise CheckpointError(f"{folder} is not in MLX format: {why_not_mlx(checkpoint)}")
     passed = {name: options.pop(name) for name in _PASSED if name in options}
-    config, unknown = AutoConfig.from_pretrained(
-        folder, return_unused_kwargs=True, **options
-    )
+    config, unknown = _read_config(checkpoint, options)
     if unknown:
         raise TypeError(
             f"{', '.join(unknown)}: neither an argument of from_pretrained nor a setting "
@@ -99,6 +104,20 @@ _PASSED = (
     "trust_remote_code",
     "use_kernels",
 )
+
+
+def _read_config(checkpoint: Checkpoint, options: dict[str, Any]) -> tuple[Any, Any]:
+    """The configuration, and the options that are no settings of it."""
+    model_type = checkpoint.config.get("model_type")
+    own = TRANSFORMERS_TYPES.get(str(model_type))
+    if own is None or model_type in CONFIG_MAPPING or own not in CONFIG_MAPPING:
+        return AutoConfig.from_pretrained(
+            checkpoint.folder, return_unused_kwargs=True, **options
+        )
+    cls = CONFIG_MAPPING[own]
+    settings, options = cls.get_config_dict(checkpoint.folder, **options)
+    settings["model_type"] = own
+    return cls.from_dict(settings, return_unused_kwargs=True, **options)
 
 
 def _class_of(model_class: Any, config: Any) -> tuple[Any, Any]:

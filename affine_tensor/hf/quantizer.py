@@ -10,6 +10,7 @@ own names; a tensor is read when transformers asks for it, on the device where i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, build_glob_alternation
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -99,8 +100,8 @@ class DenseTensor(Lazy):
         return move(value, torch.device(device or "cpu"))
 
 
-@register_quantizer(METHOD)  # type: ignore[untyped-decorator]
-class AffineQuantizer(HfQuantizer):  # type: ignore[misc]
+@register_quantizer(METHOD)
+class AffineQuantizer(HfQuantizer):
     """Packed weights in stock modules; see the module's text."""
 
     requires_calibration = False
@@ -270,22 +271,16 @@ class AffineQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-class _Quantize(ConversionOps):  # type: ignore[misc]
+class _Quantize(ConversionOps):
     """The last step of reading a tensor of a dense checkpoint."""
 
     def __init__(self, quantizer: AffineQuantizer) -> None:
         self.quantizer = quantizer
 
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        source_patterns: Any = None,
-        target_patterns: Any = None,
-        *,
-        model: Any = None,
-        **kwargs: Any,
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], *_: Any, model: Any = None, **kwargs: Any
     ) -> dict[str, Tensor]:
-        values = {}
+        values: dict[str, Tensor] = {}
         for name, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
             values[name] = self.quantizer.quantized(model, name, tensor)
@@ -338,17 +333,14 @@ def _dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """The dtype of each parameter and buffer: the model's, that of the parameter where
     the model made it otherwise, float32 for those that it wants in float32."""
     plan = model._get_dtype_plan(dtype)
-    pattern, groups = None, {}
+    pattern: re.Pattern[str] | None = None
+    groups: dict[str, str] = {}
     if plan:
-        from transformers.core_model_loading import build_glob_alternation
-
         pattern, groups, _ = build_glob_alternation(list(plan))
     dtypes = {}
     for name, value in model.state_dict(keep_vars=True).items():
         match = pattern.search(name) if pattern is not None else None
-        dtypes[name] = (
-            plan[groups[match.lastgroup]]
-            if match and value.is_floating_point()
-            else value.dtype
-        )
+        dtypes[name] = value.dtype
+        if match and match.lastgroup and value.is_floating_point():
+            dtypes[name] = plan[groups[match.lastgroup]]
     return dtypes

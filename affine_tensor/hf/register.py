@@ -45,7 +45,7 @@ def register() -> None:
         return _load(cls, source, kwargs)
 
     from_pretrained._affine_tensor = True  # type: ignore[attr-defined]
-    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore
 
 
 def _is_ours(source: Any, kwargs: dict[str, Any]) -> bool:
@@ -105,8 +105,15 @@ def _load(model_class: Any, source: Any, kwargs: dict[str, Any]) -> Any:
 
 
 # What auto classes pass on, and has no meaning once the files are here.
-_DROPPED = ("_from_auto", "_from_pipeline", "adapter_kwargs", "use_safetensors")
-_DROPPED = (*_DROPPED, "force_download", "proxies", "code_revision", "resume_download")
+_DROPPED = (
+    "_from_auto",
+    "_from_pipeline",
+    "adapter_kwargs",
+    "code_revision",
+    "force_download",
+    "proxies",
+    "use_safetensors",
+)
 
 
 def as_affine(given: Any) -> AffineQuantizationConfig | None:

@@ -25,7 +25,7 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 def install() -> None:
     """Let `save_pretrained` of all models pass by here; others than ours go on as ever."""
     if PreTrainedModel.save_pretrained is not _save_pretrained:
-        PreTrainedModel.save_pretrained = _save_pretrained
+        PreTrainedModel.save_pretrained = _save_pretrained  # type: ignore[method-assign]
 
 
 @functools.wraps(_stock_save_pretrained)
