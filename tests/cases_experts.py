@@ -129,6 +129,26 @@ CASES: list[Case] = [
         bits=8,
         group_size=32,
     ),
+    Case(
+        "phimoe",
+        {
+            **LOCAL,
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "tie_word_embeddings": False,
+            "intermediate_size": 64,
+            "original_max_position_embeddings": 64,
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": [1.0 + n / 8 for n in range(16)],
+                "long_factor": [1.0 + n / 8 for n in range(16)],
+                "short_mscale": 1.25,
+                "long_mscale": 1.25,
+                "original_max_position_embeddings": 64,
+            },
+        },
+        label="longrope",
+    ),
     Case("granitemoe", {**GRANITE, "tie_word_embeddings": True}, bits=2),
     Case(
         "granitemoe", {**GRANITE, "attention_bias": True, "tie_word_embeddings": False}

@@ -52,6 +52,8 @@ COUNTERPARTS: dict[str, str] = {
     "internlm3": "internlm3",
     "iquestcoder": "iquestcoder",
     "jamba": "jamba",
+    "joyai_llm_flash": "deepseek_v3",
+    "kimi_k2": "deepseek_v3",
     "kimi_k25": "kimi_k25",
     "kimi_linear": "kimi_linear",
     "laguna": "laguna",
@@ -110,7 +112,6 @@ COUNTERPARTS: dict[str, str] = {
 }
 
 _CUSTOM = "transformers has no such model; it came with code of its own"
-_KIN = "transformers has no such model type; its tree is that of {}"
 
 # mlx-lm's model type: why transformers has no counterpart.
 ALONE: dict[str, str] = {
@@ -128,8 +129,6 @@ ALONE: dict[str, str] = {
     "gear": "transformers has no such model",
     "internlm2": _CUSTOM,
     "iquestloopcoder": _CUSTOM,
-    "joyai_llm_flash": _KIN.format("deepseek_v3"),
-    "kimi_k2": _KIN.format("deepseek_v3"),
     "kimi_k3": _CUSTOM,
     "kimi_vl": _CUSTOM,
     "lille-130m": _CUSTOM,

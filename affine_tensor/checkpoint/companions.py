@@ -140,6 +140,8 @@ def _settings_of_mlx(config: dict[str, Any]) -> dict[str, Any]:
     if model_type == "falcon_h1":
         each = config["hidden_size"] // config["num_attention_heads"]
         return {"head_dim": config.get("head_dim") or each}
+    if model_type in ("gemma3", "gemma4", "gemma4_unified"):  # not that of the text
+        return {"vocab_size": config["text_config"]["vocab_size"]}
     if model_type in ("gemma4_text", "gemma4_unified_text"):
         others = list((config.get("per_layer_config") or {}).values())[:1]
         names = {

@@ -52,6 +52,8 @@ class Family:
         the values of a file are MLX's own. A file in torch's layout is refused.
     prefixes: pairs of the model's own prefix and MLX's, tried before the general ones;
         the first that matches counts.
+    alone: the same of a text model alone, which mlx-lm writes, where it has other ones
+        than mlx-vlm beside the tower.
     experts: where MLX has ``(.*).experts`` if not in ``\\1.switch_mlp``.
     """
 
@@ -62,6 +64,7 @@ class Family:
     unread: Mapping[str, Sequence[int]] = field(default_factory=dict)
     told_by: str = ""
     prefixes: Sequence[tuple[str, str]] = ()
+    alone: Sequence[tuple[str, str]] = ()
     experts: str = ""
 
 
@@ -289,6 +292,10 @@ _GEMMA4_UNIFIED = Family(
     ]
 )
 
+_MUSE_GLIMMER = Family(
+    alone=[("model.language_model.", "model."), ("lm_head.", "lm_head.")]
+)
+
 _LLAMA4 = Family(
     rules=[
         Rule(
@@ -395,12 +402,17 @@ _MINIMAX_M3 = Family(
 
 
 # mlx-lm's names of the model types that transformers calls otherwise.
-MLX_TYPES = {"hunyuan_v1_moe": "hunyuan", "youtu": "youtu_llm"}
+MLX_TYPES = {
+    "hunyuan_v1_moe": "hunyuan",
+    "lfm2_vl": "lfm2-vl",
+    "youtu": "youtu_llm",
+}
 
 # The other way: types that transformers knows by another name, if at all.
 TRANSFORMERS_TYPES = {mlx: own for own, mlx in MLX_TYPES.items()} | {
     "joyai_llm_flash": "deepseek_v3",
     "kimi_k2": "deepseek_v3",
+    "pixtral": "llava",
 }
 
 FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
@@ -420,6 +432,7 @@ FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
     "gemma4_text": _GEMMA4,
     "gemma4_unified": _GEMMA4_UNIFIED,
     "llama4_text": _LLAMA4,
+    "muse_glimmer": _MUSE_GLIMMER,
     **dict.fromkeys(
         (
             "aya_vision",

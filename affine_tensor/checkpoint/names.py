@@ -80,9 +80,9 @@ _IGNORED = (
 # What belongs to the towers of a model that sees or hears: a text model leaves it.
 _TOWERS = re.compile(
     r"(model\.)?(vision_tower|visual|vision_model|vision_encoder|vision_embedder|"
-    r"vision_embed_tokens|vision_projection|multi_modal_projector|mm_projector|"
+    r"vision_embed_tokens|vision_adapter|vision_projection|multi_modal_projector|mm_projector|"
     r"patch_merger|mlp1|embed_vision|embed_audio|audio_tower|audio_model|"
-    r"vision_resampler|connector|perceive|aligner|image_newline)\b"
+    r"vision_resampler|connector|perceiver|aligner|image_newline)\b"
 )
 
 def is_tower(stored: str) -> bool:
@@ -103,18 +103,16 @@ class Names:
         found = families_of(config)
         self._renames = [pair for family in found for pair in family.renames]
         self._rules = [rule for family in found for rule in family.rules]
-        self._prefixes = [pair for family in found for pair in family.prefixes]
         self._experts = [family.experts for family in found if family.experts]
         self._told_by = [family.told_by for family in found if family.told_by]
         self.unread = {n: s for family in found for n, s in family.unread.items()}
         self._absent = [re.compile(p) for family in found for p in family.absent]
         ignored = [*_IGNORED, *(p for family in found for p in family.ignored)]
         self._ignored = [re.compile(pattern) for pattern in ignored]
-        self._sees = any(
-            getattr(config, key, None) is not None
-            for key in ("vision_config", "audio_config")
-        )
         modules = dict(model.named_modules())
+        self._sees = any(is_tower(name) for name in modules)
+        kinds = ["prefixes"] if self._sees else ["alone", "prefixes"]
+        self._prefixes = [p for kind in kinds for f in found for p in getattr(f, kind)]
         self._modules = modules
         self._headless = not any("lm_head" in n.split(".") for n in modules)
         # Where the text model lies; `root` is what a body alone lacks of its prefix.

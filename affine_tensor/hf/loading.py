@@ -21,6 +21,7 @@ from ..checkpoint import mlx
 from ..checkpoint.files import CONFIG, Checkpoint
 from ..checkpoint.load import LoadReport
 from ..checkpoint.names import is_tower
+from ..tensor import logger
 from .config import METHOD, AffineQuantizationConfig
 from .quantizer import DenseTensor, Loading, current
 from .saving import install as _install_saving
@@ -39,20 +40,22 @@ def load(
     config: Any,
     *,
     quantization_config: AffineQuantizationConfig | None = None,
+    chosen: bool = False,
     sink: Any = None,
     **kwargs: Any,
 ) -> Any:
     """The model of `model_class` and `config` from the checkpoint.
 
     A checkpoint in MLX format decides how it is quantized; a dense one is quantized as
-    `quantization_config` says. `kwargs` are those of transformers' `from_pretrained`.
+    `quantization_config` says. `chosen` is whether an auto class chose `model_class`.
+    `kwargs` are those of transformers' `from_pretrained`.
     """
     folder = checkpoint.folder
     config = copy.deepcopy(config)
     pre_quantized = mlx.recognizes(checkpoint)
     loading = Loading(checkpoint, LoadReport(str(source)), sink=sink)
     if pre_quantized:
-        model_class, config = _without_towers(model_class, config, loading)
+        model_class, config = _without_towers(model_class, config, loading, chosen)
         _set_quantization(config, checkpoint, quantization_config)
     else:
         tensors = checkpoint.tensors.items()
@@ -99,24 +102,28 @@ def _set_quantization(
 
 
 def _without_towers(
-    model_class: Any, config: Any, loading: Loading
+    model_class: Any, config: Any, loading: Loading, chosen: bool
 ) -> tuple[Any, Any]:
-    """The text class where the checkpoint has text alone.
+    """The text class, or a class without its towers, where the file has text alone.
 
     mlx-lm drops `vision_config` and the tower's weights; transformers would fill in a
-    tower of its default size, of random weights.
+    tower of its default size, of random weights. `chosen` is whether an auto class chose
+    the class: it may then be that of the text.
     """
     sub_configs = getattr(config, "sub_configs", {})
     towers = [k for k in ("vision_config", "audio_config") if k in sub_configs]
     stored = loading.checkpoint
     if not towers or any(is_tower(name) for name in stored.tensors):
         return model_class, config
-    if any(stored.config.get(key) for key in towers):
-        return model_class, config  # it should have them: their weights are missing
     text = config.get_text_config()
     text_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
-    if text is config or text_class is None or text_class is model_class:
+    if not chosen or text is config or text_class in (None, model_class):
         loading.seeing = False
+        logger.warning(
+            "%s has text alone: the parts of %s that see or hear are left out",
+            stored.folder,
+            model_class.__name__,
+        )
         return model_class, config
     text.tie_word_embeddings = not any("lm_head." in name for name in stored.tensors)
     if getattr(text, "dtype", None) is None:

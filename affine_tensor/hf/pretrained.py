@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import layout
@@ -86,6 +91,7 @@ def from_pretrained(
         checkpoint,
         config,
         quantization_config=given,
+        chosen=own_class is not model_class,
         dtype=dtype,
         device_map=device_map,
         **passed,
@@ -110,14 +116,18 @@ def _read_config(checkpoint: Checkpoint, options: dict[str, Any]) -> tuple[Any, 
     """The configuration, and the options that are no settings of it."""
     model_type = checkpoint.config.get("model_type")
     own = TRANSFORMERS_TYPES.get(str(model_type))
-    if own is None or model_type in CONFIG_MAPPING or own not in CONFIG_MAPPING:
+    known = model_type in CONFIG_MAPPING
+    if known and "text_config" in checkpoint.config:  # a tower of that name does not do
+        known = "text_config" in CONFIG_MAPPING[model_type].sub_configs
+    if own is None or known or own not in CONFIG_MAPPING:
         return AutoConfig.from_pretrained(
             checkpoint.folder, return_unused_kwargs=True, **options
         )
-    cls = CONFIG_MAPPING[own]
+    cls: Any = CONFIG_MAPPING[own]
     settings, options = cls.get_config_dict(checkpoint.folder, **options)
     settings["model_type"] = own
-    return cls.from_dict(settings, return_unused_kwargs=True, **options)
+    config, unknown = cls.from_dict(settings, return_unused_kwargs=True, **options)
+    return config, unknown
 
 
 def _class_of(model_class: Any, config: Any) -> tuple[Any, Any]:
@@ -126,11 +136,13 @@ def _class_of(model_class: Any, config: Any) -> tuple[Any, Any]:
     mapping = getattr(model_class, "_model_mapping", None)
     if mapping is None:
         return model_class, config
+    if model_class is AutoModelForCausalLM and type(config) not in mapping:
+        model_class = AutoModelForImageTextToText  # generates text too
+        mapping = model_class._model_mapping
     if type(config) not in mapping:
-        names = ", ".join(sorted(c.__name__ for c in mapping))
         raise ValueError(
-            f"{model_class.__name__} has no model for {type(config).__name__}; it has "
-            f"some for {names}. Pass another model_class"
+            f"{model_class.__name__} has no model for {type(config).__name__}. Pass the "
+            "class of models, or another auto class, as model_class"
         )
     found = mapping[type(config)]
     if isinstance(found, (list, tuple)):

@@ -164,6 +164,10 @@ class AffineQuantizer(HfQuantizer):
             packed = [v for v in item.leaves.values() if not isinstance(v, StoredTensor)]
             if packed and not dense:
                 self._sizes[name] = item.nbytes / max(1, item.target.parameter.numel())
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                # Some models would set the row of the padding to zero afterwards.
+                module._is_hf_initialized = True  # type: ignore[assignment]
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
         if self.pre_quantized:

@@ -88,6 +88,7 @@ def _load(model_class: Any, source: Any, kwargs: dict[str, Any]) -> Any:
     hub = _hub(kwargs)
     given = as_affine(kwargs.pop("quantization_config", None))
     config = kwargs.pop("config", None)
+    chosen = bool(kwargs.pop("_from_auto", False))
     rest = {k: v for k, v in kwargs.items() if k not in (*_HUB, *_DROPPED)}
     checkpoint = open_checkpoint(fetch(source, **hub))
     if config is None or isinstance(config, (str, Path)):
@@ -100,13 +101,13 @@ def _load(model_class: Any, source: Any, kwargs: dict[str, Any]) -> Any:
         checkpoint,
         config,
         quantization_config=given,
+        chosen=chosen,
         **rest,
     )
 
 
 # What auto classes pass on, and has no meaning once the files are here.
 _DROPPED = (
-    "_from_auto",
     "_from_pipeline",
     "adapter_kwargs",
     "code_revision",
