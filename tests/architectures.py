@@ -82,10 +82,10 @@ class Case:
     others, and the config names each; `bits` is then what the config gives as default.
 
     `model_class` is the auto class of transformers, or the class of the text model alone
-    of a composite configuration. `towers` are modules of it that
-    mlx-lm leaves out: what sees, hears and leads to the text. `dense` are patterns of
-    parameters of the transformers model that become dense though mlx-lm has them
-    quantized (see `checkpoint/forms.py` for the reasons). `common` are the settings of `COMMON` that
+    of a composite configuration. `towers` are modules of it that mlx-lm leaves out: what
+    sees, hears and leads to the text. `dense` are patterns of parameters of the
+    transformers model that become dense though mlx-lm has them quantized (see
+    `checkpoint/forms.py` for the reasons). `common` are the settings of `COMMON` that
     the config gets ("all", or none for composite ones). `tokens` is how many the
     comparison runs over. `tolerance` may be wider where the two libraries differ by as
     much on the dense model; the reason stands beside it. `formats` gives the modules of

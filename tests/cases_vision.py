@@ -148,6 +148,7 @@ GLM_TOKENS = {
     "video_end_token_id": 255,
     **UNTIED,
 }
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 GLM_OCR_UNKNOWN = (
     "bos_token_id",
     "dtype",
@@ -644,6 +645,41 @@ CASES: list[Seeing] = [
         },
         patches(16, 1176),
         PLAIN,
+        tower_bits=4,
+    ),
+    Seeing(
+        "muse_spark",
+        {
+            "text_config": text(
+                "muse_spark_text",
+                num_hidden_layers=4,
+                sliding_window=16,
+                moe_hidden_size=64,
+                moe_intermediate_size=64,
+                num_local_experts=4,
+                num_experts_per_tok=2,
+                **UNTIED,
+            ),
+            "vision_config": MUSE_VISION,
+            "audio_config": {
+                "patch_sizes": [4, 4],
+                "hidden_sizes": [64, 64],
+                "depths": [1, 1],
+                "num_hidden_layers": 2,
+                "mlp_ratio": 1.0,
+                "conv_kernel_size": 3,
+                "out_hidden_size": 128,
+            },
+            "out_hidden_size": 256,
+            "projector_hidden_size": 128,
+            "image_token_id": TOKEN,
+            "video_token_id": 251,
+            "audio_token_id": 252,
+        },
+        patches(16, 1176),
+        PLAIN,
+        plus_one=r"(input|feedforward)_layernorm\.weight|expert_norm\.weight",
+        settings={"text_config": {"rope_parameters": ROPE}},
         tower_bits=4,
     ),
 ]

@@ -92,6 +92,9 @@ def dense_twin(case: Seeing) -> Any:
             if tensor.is_floating_point():
                 tensor.add_(torch.randn_like(tensor), alpha=0.1)
         with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if case.plus_one and re.search(case.plus_one, name):
+                    weight.copy_((weight * 64).round() / 64)  # exact in bfloat16
             for name, weight, axis in _quantizable(model):
                 bits = bits_of(case, name)
                 if bits and weight.shape[axis] % case.group_size == 0:

@@ -52,7 +52,8 @@ def logits_of(model: nn.Module) -> Tensor:
 
 
 def loaded(case: Case, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    model = stock_model(folder, case).to(dtype)
+    model: Any = stock_model(folder, case)
+    model = model.to(dtype)
     load_checkpoint_(model, folder)
     return model
 

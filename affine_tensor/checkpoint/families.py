@@ -15,12 +15,16 @@ from .forms import (
     ChannelsLast,
     Form,
     Padded,
+    Part,
     PlusOne,
     Reshaped,
+    ResidualGate,
+    RowOrder,
     Rows,
     Scaled,
     Stored,
     Transposed,
+    neighbours,
 )
 
 
@@ -75,8 +79,9 @@ def families_of(config: Any) -> list[Family]:
         entry = FAMILIES.get(model_type)
         if entry is None:
             continue
-        text = config.get_text_config()
-        found.append(entry(text) if callable(entry) else entry)
+        whole = model_type == getattr(config, "model_type", None)
+        part = config if whole else config.get_text_config()
+        found.append(entry(part) if callable(entry) else entry)
     return found
 
 
@@ -296,6 +301,78 @@ _MUSE_GLIMMER = Family(
     alone=[("model.language_model.", "model."), ("lm_head.", "lm_head.")]
 )
 
+
+def _fused(
+    place: str, module: str, parts: Sequence[tuple[str, int, int]], end: str
+) -> list[Rule]:
+    """Projections of the module that `place` matches, which MLX may have in one.
+
+    Each part has rows, and heads of a width if it is rotated: those are in another
+    order in MLX. They are saved apart, as mlx-lm reads them too. `end` is "weight" or
+    "bias".
+    """
+    rules, start, rows = [], 0, sum(rows for _, rows, _ in parts)
+    for name, count, width in parts:
+        form: Form = Part(rf"\1.{module}.{end}", start, start + count, rows)
+        if width:
+            form = RowOrder(form, neighbours(width))
+        pattern = rf"({place})\.{name}\.{end}"
+        rules += [Rule(pattern, Stored(rf"\1.{name}.{end}")), Rule(pattern, form)]
+        start += count
+    return rules
+
+
+def _muse_spark_text(config: Any) -> Family:
+    width, temperature = config.head_dim, config.residual_gate_temperature
+    queries = config.num_attention_heads * width
+    keys = config.num_key_value_heads * width
+    parts = [
+        ("q_proj", queries, width),
+        ("k_proj", keys, width),
+        ("v_proj", keys, 0),
+        ("gate_proj", queries, 0),
+    ]
+    gates = {"attention": "add_attn", "feedforward": "add_ffn"}
+    norms = "|".join(
+        (
+            "input_layernorm",
+            "pre_feedforward_layernorm",
+            "post_feedforward_layernorm",
+            "pre_expert_norm",
+            "post_expert_norm",
+        )
+    )
+    return Family(
+        experts=r"\1.experts",
+        rules=[
+            *_fused(r".*\.self_attn", "qkvg_proj", parts, "weight"),
+            *(
+                Rule(
+                    rf"(.*)\.post_{name}_residual_gate\.gate",
+                    ResidualGate(rf"\1.{mlx}_alpha", rf"\1.{mlx}_beta", temperature),
+                )
+                for name, mlx in gates.items()
+            ),
+            Rule(rf"(.*\.(?:{norms})\.weight)", PlusOne(r"\1")),
+        ],
+    )
+
+
+def _muse_spark(config: Any) -> Family:
+    width = config.vision_config.hidden_size
+    head = width // config.vision_config.num_attention_heads
+    parts = [("q_proj", width, head), ("k_proj", width, head), ("v_proj", width, 0)]
+    place = r"(?:model\.)?vision_tower\..*\.attn"
+    return Family(
+        # mlx-lm has transformers' own prefixes.
+        prefixes=[("model.", "model."), ("lm_head.", "lm_head.")],
+        rules=[
+            *_fused(place, "qkv_proj", parts, "weight"),
+            *_fused(place, "qkv_proj", parts, "bias"),
+        ],
+    )
+
+
 _LLAMA4 = Family(
     rules=[
         Rule(
@@ -433,6 +510,8 @@ FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
     "gemma4_unified": _GEMMA4_UNIFIED,
     "llama4_text": _LLAMA4,
     "muse_glimmer": _MUSE_GLIMMER,
+    "muse_spark": _muse_spark,
+    "muse_spark_text": _muse_spark_text,
     **dict.fromkeys(
         (
             "aya_vision",

@@ -253,6 +253,59 @@ class Stack(Form):
         return stored
 
 
+class Part(_One):
+    """Rows `start` to `stop` of a stored tensor of `rows`, which holds others too.
+
+    Only for loading: alone it cannot be written.
+    """
+
+    def __init__(self, part: str | Form, start: int, stop: int, rows: int) -> None:
+        super().__init__(part)
+        self.start, self.stop, self.rows = start, stop, rows
+
+    def loaded(self, value: Tensor) -> Tensor:
+        axis = _row_axis(self) % value.dim()
+        index = torch.arange(self.start, self.stop, device=value.device)
+        return value.index_select(axis, index)
+
+    def saved(self, value: Tensor) -> Tensor:
+        if not value.is_meta:
+            raise ValueError(f"{next(self.names())} is more than one parameter")
+        shape = list(value.shape)
+        shape[_row_axis(self)] = self.rows
+        return torch.empty(shape, dtype=value.dtype, device="meta")
+
+
+class ResidualGate(Form):
+    """A gate g of Muse Spark, of which MLX stores what it gives to stream and branch:
+    beta = sigmoid(g / temperature), and alpha = sqrt(1 - beta ** 2), floored."""
+
+    changes_values = True
+    floor = 1e-3  # of alpha ** 2
+
+    def __init__(self, alpha: str | Form, beta: str | Form, temperature: float) -> None:
+        super().__init__(alpha, beta)
+        self.temperature = temperature
+
+    def load(self, read: Read) -> Tensor:
+        alpha, beta = (part.load(read).double() for part in self.parts)
+        # Near one beta has lost what alpha still knows, unless that is the floor.
+        rest = alpha.square() / (1 + beta)
+        rest = torch.where(alpha.square() > 1.001 * self.floor, rest, 1 - beta)
+        gate = self.temperature * (beta.log() - rest.log())
+        # A gate is published in bfloat16: it is that one, if it gives the same.
+        short = gate.bfloat16().double()
+        same = torch.sigmoid(short / self.temperature) - beta
+        return torch.where(same.abs() < 1e-6 * beta, short, gate).float()
+
+    def save(self, value: Tensor) -> dict[str, Tensor]:
+        gate = _wide(value) / self.temperature
+        beta = torch.sigmoid(gate)
+        square = torch.sigmoid(-gate) * (1 + beta)
+        alpha = square.clamp_min(self.floor).sqrt()
+        return self.parts[0].save(alpha) | self.parts[1].save(beta)
+
+
 class Padded(_One):
     """With zeros behind it, `count` along the first dimension, which MLX lacks."""
 
@@ -305,6 +358,12 @@ def interleaved(rows: int) -> Tensor:
     return torch.arange(rows).view(2, rows // 2).T.reshape(-1)
 
 
+def neighbours(width: int) -> Callable[[int], Tensor]:
+    """The order of the rows of heads of `width` that MLX rotates as neighbours, 2 i and
+    2 i + 1, and transformers as halves, i and i + width / 2."""
+    return lambda rows: torch.arange(rows).view(-1, width // 2, 2).mT.reshape(-1)
+
+
 def dense(value: Tensor) -> Tensor:
     """A packed weight made dense, in float32 at least; others as they are."""
     if isinstance(value, AffineQuantizedTensor):
@@ -347,9 +406,10 @@ def _with_scales(
     )
 
 
-def _row_axis(form: Rows | RowOrder) -> int:
-    if form.axis is not None:
-        return form.axis
+def _row_axis(form: Form) -> int:
+    axis: int | None = getattr(form, "axis", None)
+    if axis is not None:
+        return axis
     return -1 if next(form.names()).endswith("bias") else -2
 
 

@@ -114,8 +114,8 @@ _PASSED = (
 
 def _read_config(checkpoint: Checkpoint, options: dict[str, Any]) -> tuple[Any, Any]:
     """The configuration, and the options that are no settings of it."""
-    model_type = checkpoint.config.get("model_type")
-    own = TRANSFORMERS_TYPES.get(str(model_type))
+    model_type = str(checkpoint.config.get("model_type"))
+    own = TRANSFORMERS_TYPES.get(model_type)
     known = model_type in CONFIG_MAPPING
     if known and "text_config" in checkpoint.config:  # a tower of that name does not do
         known = "text_config" in CONFIG_MAPPING[model_type].sub_configs

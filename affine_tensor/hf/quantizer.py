@@ -42,6 +42,11 @@ from .config import METHOD, AffineQuantizationConfig
 class Lazy:
     """A tensor of a state dict, which is read when transformers takes it to a device."""
 
+    dtype: torch.dtype
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
     def __getitem__(self, index: Any) -> Lazy:
         return self  # transformers writes tensor[...] to read
 
@@ -89,9 +94,6 @@ class DenseTensor(Lazy):
     def __init__(self, stored: StoredTensor) -> None:
         self.stored = stored
         self.dtype = stored.dtype
-
-    def is_floating_point(self) -> bool:
-        return self.dtype.is_floating_point
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
         value = self.stored.read()
@@ -169,10 +171,11 @@ class AffineQuantizer(HfQuantizer):
                 # Some models would set the row of the padding to zero afterwards.
                 module._is_hf_initialized = True  # type: ignore[assignment]
 
-    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+    def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
+        # transformers before 5.20 does not give the model.
         if self.pre_quantized:
             return []  # the state dict has the model's own names
-        return super().update_weight_conversions(weight_conversions, model)
+        return super().update_weight_conversions(weight_conversions, *model)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
         return None  # each tensor is cast where it is read

@@ -6,11 +6,12 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.quantization_config import MetalConfig
 
 from ..checkpoint import mlx
+from ..checkpoint.families import TRANSFORMERS_TYPES
 from ..checkpoint.files import fetch, open_checkpoint, probe
 from ..tensor import logger
 from . import loading
@@ -34,6 +35,9 @@ def register() -> None:
     if getattr(PreTrainedModel.from_pretrained, "_affine_tensor", False):
         return
     stock = loading._stock_from_pretrained
+    for model_type, own in TRANSFORMERS_TYPES.items():
+        if model_type not in CONFIG_MAPPING and own in CONFIG_MAPPING:
+            CONFIG_MAPPING.register(model_type, CONFIG_MAPPING[own])
 
     @functools.wraps(stock)
     def from_pretrained(
