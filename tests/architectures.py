@@ -340,7 +340,7 @@ def _write_dense_checkpoint(case: Case, folder: Path) -> None:
     model.save_pretrained(folder)
     # What the table does not name comes from transformers' defaults. Its own spelling
     # of the rotary settings gives way to the published one.
-    written = _completed(published, json.loads(path.read_text()))
+    written = completed(published, json.loads(path.read_text()))
     mlx_type = case.mlx_type or case.model_type
     path.write_text(json.dumps({**written, "model_type": mlx_type}))
 
@@ -370,10 +370,10 @@ def leave_out_(model: Any, names: Iterable[str]) -> None:
         setattr(model.get_submodule(parent), own, None)
 
 
-def _completed(config: Mapping[str, Any], written: dict[str, Any]) -> dict[str, Any]:
+def completed(config: Mapping[str, Any], written: dict[str, Any]) -> dict[str, Any]:
     """A configuration, and parts of it, with what else transformers wrote."""
     parts = {
-        key: _completed(value, written[key])
+        key: completed(value, written[key])
         for key, value in config.items()
         if key.endswith("_config") and isinstance(written.get(key), dict)
     }

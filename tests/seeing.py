@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from architectures import _completed
+from architectures import completed, leave_out_
 from torch import Tensor, nn
 
 Inputs = dict[str, Tensor]
@@ -35,7 +35,10 @@ class Seeing:
     a published config.json that transformers has not (None: that it has), and `mlx_type`
     the model type there.
 
-    The text has `bits` and `group_size`; the tower has `tower_bits`, or is dense.
+    The text has `bits` and `group_size`; the tower has `tower_bits`, or is dense. The
+    model's own exceptions do not count with `everything`. `without` are modules that are
+    left out. With `mlx_lm` mlx-lm is the
+    writer, for the types of which it keeps the tower.
     """
 
     model_type: str
@@ -51,6 +54,9 @@ class Seeing:
     bits: int = 4
     group_size: int = 64
     tower_bits: int | None = None
+    everything: bool = False
+    without: tuple[str, ...] = ()
+    mlx_lm: bool = False
     label: str = ""
 
     def __str__(self) -> str:
@@ -80,6 +86,7 @@ def stock_model(case: Seeing) -> Any:
     auto = getattr(transformers, case.model_class)
     build = getattr(auto, "from_config", None) or auto._from_config
     model = build(config, dtype=torch.float32, attn_implementation="eager")
+    leave_out_(model, case.without)
     return model.float().eval()
 
 
@@ -137,15 +144,25 @@ def _on_grid(weight: Tensor, bits: int, group_size: int, axis: int) -> Tensor:
 def write_with_mlx_vlm(case: Seeing, twin: Any, folder: Path) -> None:
     """Lets mlx-vlm read the twin, quantize it, and write it into `folder`."""
     import mlx.core as mx
-    from mlx_vlm.quant_utils import quantize_model
-    from mlx_vlm.utils import load_model, save_config, save_weights
+
+    if case.mlx_lm:
+        from mlx_lm.utils import load_model as load
+        from mlx_lm.utils import quantize_model, save_config
+        from mlx_lm.utils import save_model as save
+    else:
+        from mlx_vlm.quant_utils import quantize_model
+        from mlx_vlm.utils import load_model as load
+        from mlx_vlm.utils import save_config
+        from mlx_vlm.utils import save_weights as save
 
     dense = folder / "dense"
     write_published(case, twin, dense)
-    model = load_model(dense)
+    model = load(dense)[0] if case.mlx_lm else load(dense)
     model.set_dtype(mx.float32)
     config = json.loads((dense / "config.json").read_text())
-    own = getattr(model, "quant_predicate", None) or (lambda path, module: True)
+    own = getattr(model, "quant_predicate", None)
+    if own is None or case.everything:
+        own = _all
 
     def predicate(path: str, module: Any) -> Any:
         bits = bits_of(case, path)
@@ -160,11 +177,21 @@ def write_with_mlx_vlm(case: Seeing, twin: Any, folder: Path) -> None:
     model, config = quantize_model(
         model, config, case.group_size, case.bits, quant_predicate=predicate
     )
-    save_weights(folder, model)
+    save(folder, model)
+    vision = config.get("vision_config")
     save_config(config, folder / "config.json")
+    if vision and case.mlx_lm:  # it drops this
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(
+            json.dumps({**config, "vision_config": vision})
+        )
     for file in dense.iterdir():
         file.unlink()
     dense.rmdir()
+
+
+def _all(path: str, module: Any) -> bool:
+    return True
 
 
 def write_published(case: Seeing, twin: Any, folder: Path) -> None:
@@ -184,7 +211,7 @@ def write_published(case: Seeing, twin: Any, folder: Path) -> None:
 
 def published_config(case: Seeing, path: Path) -> dict[str, Any]:
     """The configuration that transformers wrote, with what a published one has."""
-    config = _completed(case.config, json.loads(path.read_text()))
+    config = completed(case.config, json.loads(path.read_text()))
     config = _deep(config, case.settings)
     return {**config, "model_type": case.mlx_type or case.model_type}
 

@@ -6,32 +6,17 @@ import re
 from importlib.metadata import version
 from pathlib import Path
 
-import architectures
-import cases_experts
-import cases_latent
-import cases_other
-import cases_recurrent
-import cases_seeing
 import pytest
 from model_types import ALONE, COUNTERPARTS, UNTESTED
+from test_architectures import CASES
 from transformers import CONFIG_MAPPING
-
-mlx_lm_models = pytest.importorskip("mlx_lm.models", reason="mlx-lm is missing")
-
-CASES = [
-    *architectures.CASES,
-    *cases_experts.CASES,
-    *cases_latent.CASES,
-    *cases_recurrent.CASES,
-    *cases_seeing.CASES,
-    *cases_other.CASES,
-]
 
 
 def test_every_model_type_of_mlx_lm_is_in_one_table() -> None:
+    import mlx_lm.models
     from mlx_lm.utils import MODEL_REMAPPING
 
-    (folder,) = mlx_lm_models.__path__
+    (folder,) = mlx_lm.models.__path__
     # Not imported: some want packages of their own.
     modules = {
         path.stem

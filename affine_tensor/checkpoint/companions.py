@@ -15,7 +15,7 @@ from torch import nn
 
 from .. import layout
 from .families import MLX_TYPES
-from .files import CONFIG, fetch, is_repository, read_json
+from .files import CONFIG, fetch, fetch_companions, is_repository, read_json
 
 # What goes along from the folder that a model came from.
 _TOKENIZER_FILES = (
@@ -369,7 +369,7 @@ def write_companions(model: nn.Module, folder: Path, tokenizer: Any) -> bool:
     if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(folder)
     elif tokenizer:
-        source = fetch(tokenizer)
+        source = fetch_companions(tokenizer)
         for pattern in _TOKENIZER_FILES:
             for path in source.glob(pattern):
                 shutil.copyfile(path, folder / path.name)

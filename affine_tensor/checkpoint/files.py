@@ -158,6 +158,14 @@ def fetch(
     return _fetch_repository(str(source), revision, local_files_only, hub)
 
 
+def fetch_companions(source: str | Path) -> Path:
+    """As `fetch`, without the weights: configuration and tokenizer."""
+    folder = _own_folder(source)
+    if folder is not None:
+        return folder
+    return _snapshot(str(source), _SMALL, None, False, {})
+
+
 def probe(
     source: str | Path,
     *,

@@ -33,7 +33,7 @@ from ..checkpoint.load import (
     check_repeated,
     make_plan,
 )
-from ..checkpoint.names import Names
+from ..checkpoint.names import Names, is_tower
 from ..quantize import AffineConfig, dequantize_
 from ..tensor import AffineQuantizedTensor, logger
 from .config import METHOD, AffineQuantizationConfig
@@ -167,8 +167,9 @@ class AffineQuantizer(HfQuantizer):
             if packed and not dense:
                 self._sizes[name] = item.nbytes / max(1, item.target.parameter.numel())
         for module in model.modules():
-            if isinstance(module, nn.Embedding):
-                # Some models would set the row of the padding to zero afterwards.
+            if isinstance(module, nn.Embedding) and not [*module.buffers(recurse=False)]:
+                # Some models would set the row of the padding to zero afterwards. What
+                # has buffers (Gemma's scale) needs its values of them.
                 module._is_hf_initialized = True  # type: ignore[assignment]
 
     def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
@@ -315,23 +316,11 @@ def drop_towers(model: nn.Module) -> None:
         setattr(model.get_submodule(parent), own, None)
 
 
-_TOWER_NAMES = (
-    "visual",
-    "vision_tower",
-    "vision_model",
-    "audio_tower",
-    "multi_modal_projector",
-    "embed_vision",
-    "embed_audio",
-)
-
-
 def tower_modules(model: nn.Module) -> Iterable[str]:
     """The outermost modules that see or hear."""
     found: list[str] = []
     for name, _ in model.named_modules():
-        own = name.rpartition(".")[2]
-        if own in _TOWER_NAMES and not any(name.startswith(f"{f}.") for f in found):
+        if is_tower(name) and not any(name.startswith(f"{f}.") for f in found):
             found.append(name)
     return found
 
