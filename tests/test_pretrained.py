@@ -473,3 +473,17 @@ def test_all_of_a_model_is_on_the_device(case: Case, tmp_path: Path) -> None:
     model = from_pretrained(tmp_path, device_map="meta")
     assert devices(model) == {"meta"}
     assert any(isinstance(p, AffineQuantizedTensor) for p in model.parameters())
+
+
+def test_a_head_that_only_a_default_ties(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = "gemma"  # tied by default, and no key says otherwise
+    del config["tie_word_embeddings"]
+    (folder / "config.json").write_text(json.dumps(config))
+    model = from_pretrained(folder)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    want = load_file(folder / "model.safetensors")["lm_head.scales"]
+    assert torch.equal(model.lm_head.weight.scales, want)
+    edit_json(folder / "config.json", tie_word_embeddings=True)
+    with pytest.raises(CheckpointError, match="ties"):
+        from_pretrained(folder)

@@ -56,6 +56,7 @@ def load(
     loading = Loading(checkpoint, LoadReport(str(source)), sink=sink)
     if pre_quantized:
         model_class, config = _without_towers(model_class, config, loading, chosen)
+        _untie(config, checkpoint)
         _set_quantization(config, checkpoint, quantization_config)
     else:
         tensors = checkpoint.tensors.items()
@@ -129,6 +130,20 @@ def _without_towers(
     if getattr(text, "dtype", None) is None:
         text.dtype = config.dtype
     return text_class, text
+
+
+def _untie(config: Any, checkpoint: Checkpoint) -> None:
+    """A head of its own counts where only a default of transformers ties it."""
+    raw = checkpoint.config
+    said = any("tie_word_embeddings" in part for part in (raw, *_parts(raw)))
+    if not said and any("lm_head." in name for name in checkpoint.tensors):
+        for own in (config, config.get_text_config()):
+            own.tie_word_embeddings = False
+
+
+def _parts(raw: dict[str, Any]) -> list[dict[str, Any]]:
+    """The configurations within a config.json."""
+    return [part for part in raw.values() if isinstance(part, dict)]
 
 
 def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:
