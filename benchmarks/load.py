@@ -117,7 +117,7 @@ def _tensors(model: Any, kind: str) -> Iterator[dict[str, Tensor]]:
     names = Names(model)
     for name, parameter in model.named_parameters():
         if kind == "dense":
-            yield {name: _random(parameter.shape)}
+            yield from _published(name, parameter.shape)
             continue
         stored: dict[str, Tensor] = {}
         for leaf, like in next(names.forms(name, parameter.shape)).save(parameter).items():
@@ -128,6 +128,19 @@ def _tensors(model: Any, kind: str) -> Iterator[dict[str, Tensor]]:
                 biases = "qbiases" if kind == "metal" else "biases"
                 stored |= _packed(leaf.removesuffix("weight"), like.shape, biases)
         yield stored
+
+
+def _published(name: str, shape: Sequence[int]) -> Iterator[dict[str, Tensor]]:
+    """A dense parameter, experts one by one."""
+    stem, joined, kind = name.partition(".experts.")
+    if not joined:
+        yield {name: _random(shape)}
+        return
+    parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+    own = (shape[1] // len(parts), shape[2])
+    for number in range(shape[0]):
+        for part in parts:
+            yield {f"{stem}.experts.{number}.{part}.weight": _random(own)}
 
 
 def _random(shape: Sequence[int]) -> Tensor:
@@ -165,8 +178,9 @@ def _write_shards(folder: Path, tensors: Iterator[dict[str, Tensor]]) -> None:
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"{number}.part").rename(folder / file)
         weight_map |= dict.fromkeys(names, file)
-    index = json.dumps({"weight_map": weight_map})
-    (folder / "model.safetensors.index.json").write_text(index)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 # ---- measuring -------------------------------------------------------------------

@@ -138,6 +138,80 @@ def _on_grid(weight: Tensor, bits: int, group_size: int, axis: int) -> Tensor:
     return values.movedim(-1, axis)
 
 
+# ---- by hand ---------------------------------------------------------------------
+
+
+def write_by_hand(case: Seeing, twin: Any, folder: Path) -> None:
+    """The checkpoint after the table of names in the case."""
+    from safetensors.torch import save_file
+
+    quantizable = {name for name, *_ in _quantizable(twin)}
+    modules = dict(twin.named_modules())
+    stored: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in twin.state_dict().items():
+        if tensor.data_ptr() in seen:
+            continue  # tied
+        seen.add(tensor.data_ptr())
+        module = modules[name.rpartition(".")[0]]
+        if case.plus_one and re.search(case.plus_one, name):
+            tensor = tensor + 1
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and tensor.dim() > 2:
+            tensor = tensor.movedim(1, -1)
+        bits = bits_of(case, name) if name in quantizable else None
+        for place, piece in _pieces(
+            _renamed(name, case.stored), tensor, module
+        ).items():
+            stored |= _quantized(place, piece, bits, case.group_size)
+    folder.mkdir(exist_ok=True)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in stored.items()},
+        folder / "model.safetensors",
+        metadata={"format": "mlx"},
+    )
+    twin.config.save_pretrained(folder)
+    path = folder / "config.json"
+    config = published_config(case, path)
+    quantization: dict[str, Any] = {"bits": case.bits, "group_size": case.group_size}
+    if case.tower_bits:
+        own = {"bits": case.tower_bits, "group_size": case.group_size}
+        packed = [n.removesuffix(".scales") for n in stored if n.endswith(".scales")]
+        quantization |= {name: own for name in packed if TOWERS.search(name)}
+    path.write_text(json.dumps({**config, "quantization": quantization}))
+
+
+def _pieces(name: str, tensor: Tensor, module: nn.Module) -> dict[str, Tensor]:
+    """The tensors that one of transformers is in MLX: experts have gate and up apart."""
+    place, _, own = name.rpartition(".experts.")
+    if not place or own not in ("gate_up_proj", "down_proj"):
+        return {name: tensor}
+    if type(module).__name__ == "Llama4TextExperts":
+        tensor, place = tensor.mT, f"{place}.experts"
+    else:
+        place = f"{place}.switch_mlp"
+    names = ("gate_proj", "up_proj") if own == "gate_up_proj" else ("down_proj",)
+    parts = tensor.chunk(len(names), dim=1)
+    return {f"{place}.{n}.weight": p for n, p in zip(names, parts, strict=True)}
+
+
+def _quantized(
+    name: str, tensor: Tensor, bits: int | None, group_size: int
+) -> dict[str, Tensor]:
+    import mlx.core as mx
+    import numpy as np
+
+    if not bits or tensor.shape[-1] % group_size:
+        return {name: tensor}
+    array = mx.array(tensor.contiguous().numpy())
+    parts = mx.quantize(array, group_size=group_size, bits=bits)
+    assert mx.array_equal(
+        mx.dequantize(*parts, group_size=group_size, bits=bits), array
+    )
+    stem = name.removesuffix("weight")
+    names = (f"{stem}weight", f"{stem}scales", f"{stem}biases")
+    return {n: torch.from_numpy(np.array(p)) for n, p in zip(names, parts, strict=True)}
+
+
 # ---- by mlx-vlm ------------------------------------------------------------------
 
 

@@ -324,27 +324,25 @@ def _find(
     missing: dict[str, str] = {}
     for name, target in targets.items():
         own = torch.empty(target.parameter.shape, device="meta")
-        possible: list[_Found] = []
         best: list[str] = []
         for form in names.forms(name, own.shape):
             stored = list(form.names())
             absent = [n for n in stored if n not in checkpoint.tensors]
             if absent:
-                if not best or len(absent) < len(stored):
-                    best = best or absent
+                best = best or absent
                 continue
             try:
                 shapes = {n: tuple(t.shape) for n, t in form.save(own).items()}
             except (ValueError, RuntimeError, IndexError):
                 continue  # a parameter of another kind
-            possible.append((target, form, shapes))
-        if not possible:
+            found.setdefault(name, (target, form, shapes))
+            if _fits(checkpoint, shapes):
+                # Of several forms one with the right shape: as with convolutions.
+                found[name] = (target, form, shapes)
+                break
+        if name not in found:
             looked = [n for n in best if n != name]
             missing[name] = f" ({', '.join(looked[:3])})" if looked else ""
-            continue
-        # Of several, one whose dense tensors have the right shape: convolutions.
-        fits = [f for f in possible if _fits(checkpoint, f[2])]
-        found[name] = (fits or possible)[0]
     return found, missing
 
 
