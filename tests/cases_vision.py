@@ -189,7 +189,7 @@ MUSE_SPARK: dict[str, Any] = {
     "video_token_id": 251,
     "audio_token_id": 252,
 }
-MUSE_SPARK_NORMS = r"(input|feedforward)_layernorm\.weight|expert_norm\.weight"
+MUSE_SPARK_NORMS = r"(input|feedforward)_layernorm\.weight|expert_norm|gate\.gate"
 
 CASES: list[Seeing] = [
     Seeing("qwen2_vl", QWEN2, patches(16, 1176), VISUAL, settings=flat(QWEN2)),
@@ -287,6 +287,7 @@ CASES: list[Seeing] = [
         NESTED,
         published=PUBLISHED_NESTED,
         settings={"text_config": {"mm_tokens_per_image": 4}},
+        head_twice=True,
         tower_bits=4,
     ),
     Seeing(
@@ -363,6 +364,7 @@ CASES: list[Seeing] = [
         },
         shown(4, pixel_values=(1, 3, 56, 56), image_sizes=[[56, 56]]),
         NESTED,
+        dense="lm_head",
         tower_bits=8,
     ),
     Seeing(
@@ -570,6 +572,7 @@ CASES: list[Seeing] = [
         patches(16, 1176),
         VISUAL,
         settings={"text_config": {"use_qk_norm": True}},
+        dense=r"\.gate\.weight",
     ),
     Seeing(
         "glm_ocr",
@@ -651,7 +654,7 @@ CASES: list[Seeing] = [
             aspect_ratio_ids=[[2]],
             aspect_ratio_mask=[[[1, 1]]],
         ),
-        VISUAL,
+        [(r"^model\.vision_model\.", "vision_tower."), *PLAIN],
         settings={
             "vision_config": {"num_attention_heads": 2, "max_aspect_ratio_id": 3}
         },
@@ -679,7 +682,7 @@ CASES: list[Seeing] = [
         "muse_spark",
         MUSE_SPARK,
         patches(16, 1176),
-        PLAIN,
+        writer="mlx_vlm",
         plus_one=MUSE_SPARK_NORMS,
         settings={"text_config": {"rope_parameters": ROPE}},
         tower_bits=4,
@@ -690,7 +693,7 @@ CASES: list[Seeing] = [
         patches(16, 1176),
         plus_one=MUSE_SPARK_NORMS,
         settings={"text_config": {"rope_parameters": ROPE}},
-        mlx_lm=True,
+        writer="mlx_lm",
         without=("model.audio_tower",),
         everything=True,
         bits=6,

@@ -35,10 +35,10 @@ class Seeing:
     a published config.json that transformers has not (None: that it has), and `mlx_type`
     the model type there.
 
-    The text has `bits` and `group_size`; the tower has `tower_bits`, or is dense. The
-    model's own exceptions do not count with `everything`. `without` are modules that are
-    left out. With `mlx_lm` mlx-lm is the
-    writer, for the types of which it keeps the tower.
+    The text has `bits` and `group_size`; the tower has `tower_bits`, or is dense, and
+    `dense` matches what else mlx-vlm leaves so, unless `everything` is quantized. With
+    `head_twice` a tied head is stored too. `without` are modules that are left out.
+    `writer` is "mlx_lm" or "mlx_vlm" where a table of names does not say it all.
     """
 
     model_type: str
@@ -54,9 +54,11 @@ class Seeing:
     bits: int = 4
     group_size: int = 64
     tower_bits: int | None = None
+    dense: str = ""
     everything: bool = False
+    head_twice: bool = False
     without: tuple[str, ...] = ()
-    mlx_lm: bool = False
+    writer: str = ""
     label: str = ""
 
     def __str__(self) -> str:
@@ -72,6 +74,8 @@ TOWERS = re.compile(
 
 def bits_of(case: Seeing, name: str) -> int | None:
     """How many bits a weight of this name has, in either library."""
+    if case.dense and re.search(case.dense, name):
+        return None
     return case.tower_bits if TOWERS.search(name) else case.bits
 
 
@@ -150,7 +154,7 @@ def write_by_hand(case: Seeing, twin: Any, folder: Path) -> None:
     stored: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in twin.state_dict().items():
-        if tensor.data_ptr() in seen:
+        if tensor.data_ptr() in seen and not case.head_twice:
             continue  # tied
         seen.add(tensor.data_ptr())
         module = modules[name.rpartition(".")[0]]
@@ -219,7 +223,7 @@ def write_with_mlx_vlm(case: Seeing, twin: Any, folder: Path) -> None:
     """Lets mlx-vlm read the twin, quantize it, and write it into `folder`."""
     import mlx.core as mx
 
-    if case.mlx_lm:
+    if case.writer == "mlx_lm":
         from mlx_lm.utils import load_model as load
         from mlx_lm.utils import quantize_model, save_config
         from mlx_lm.utils import save_model as save
@@ -231,7 +235,7 @@ def write_with_mlx_vlm(case: Seeing, twin: Any, folder: Path) -> None:
 
     dense = folder / "dense"
     write_published(case, twin, dense)
-    model = load(dense)[0] if case.mlx_lm else load(dense)
+    model = load(dense)[0] if case.writer == "mlx_lm" else load(dense)
     model.set_dtype(mx.float32)
     config = json.loads((dense / "config.json").read_text())
     own = getattr(model, "quant_predicate", None)
@@ -254,7 +258,7 @@ def write_with_mlx_vlm(case: Seeing, twin: Any, folder: Path) -> None:
     save(folder, model)
     vision = config.get("vision_config")
     save_config(config, folder / "config.json")
-    if vision and case.mlx_lm:  # it drops this
+    if vision and case.writer == "mlx_lm":  # it drops this
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(
             json.dumps({**config, "vision_config": vision})

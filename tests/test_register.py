@@ -337,3 +337,32 @@ def test_the_stock_loader_is_reached_for_everything_else(
     config = LlamaForCausalLM.from_pretrained(dense).config
     model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state)
     assert torch.equal(model.lm_head.weight, state["lm_head.weight"])
+
+
+def test_an_adapter_of_an_mlx_base(folder: Path, registered: None) -> None:
+    peft = pytest.importorskip(
+        "peft", reason="peft, which has the adapters, is missing"
+    )
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    adapted = peft.get_peft_model(
+        base, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
+    with torch.no_grad():
+        want = adapted(IDS).logits
+    adapted.save_pretrained(folder.parent / "adapter")
+    model = AutoModelForCausalLM.from_pretrained(folder.parent / "adapter")
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, want)
+        plain = AutoModelForCausalLM.from_pretrained(folder)(IDS).logits
+    assert not torch.equal(plain, want)
+
+
+def test_what_would_be_lost_is_refused(folder: Path, registered: None) -> None:
+    for name, value in {"key_mapping": {"a": "b"}, "tp_plan": "auto"}.items():
+        with pytest.raises(
+            ValueError, match=f"{name} is not taken with packed weights"
+        ):
+            AutoModelForCausalLM.from_pretrained(folder, **{name: value})
+    with pytest.raises(ValueError, match="is in MLX format already"):
+        affine_tensor.convert(folder, folder.parent / "again")
+    assert not (folder.parent / "again").exists()

@@ -141,7 +141,9 @@ def _settings_of_mlx(config: dict[str, Any]) -> dict[str, Any]:
         each = config["hidden_size"] // config["num_attention_heads"]
         return {"head_dim": config.get("head_dim") or each}
     if model_type in ("gemma3", "gemma4", "gemma4_unified"):  # not that of the text
-        return {"vocab_size": config["text_config"]["vocab_size"]}
+        text = config["text_config"]
+        shared = {k: config[k] for k in ("mm_tokens_per_image",) if k in config}
+        return {"vocab_size": text["vocab_size"], "text_config": text | shared}
     if model_type in ("gemma4_text", "gemma4_unified_text"):
         others = list((config.get("per_layer_config") or {}).values())[:1]
         names = {
@@ -166,6 +168,8 @@ def _settings_of_mlx(config: dict[str, Any]) -> dict[str, Any]:
         }
     if model_type == "lfm2":
         return {"block_dim": config["hidden_size"]}
+    if model_type == "llama4_vision_model":
+        return {"vision_feature_layer": -1}
     if model_type == "mamba2":
         return {"intermediate_size": config["expand"] * config["hidden_size"]}
     if model_type == "minimax_m2":
@@ -174,6 +178,14 @@ def _settings_of_mlx(config: dict[str, Any]) -> dict[str, Any]:
             "rotary_dim": int(config["head_dim"] * part),
             "shared_intermediate_size": 0,
         }
+    if model_type == "mllama_vision_model":
+        return {"max_aspect_ratio_id": len(config["supported_aspect_ratios"])}
+    if model_type in ("qwen2_vl", "qwen2_5_vl"):  # mlx-vlm has the text beside vision
+        return {**config["text_config"], **config}
+    if str(model_type).startswith("qwen") and str(model_type).endswith("_vl_vision"):
+        return {"model_type": str(model_type).removesuffix("_vision")}
+    if model_type == "qwen3_vl_moe_vision":
+        return {"model_type": "qwen3_vl_moe"}
     if model_type in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"):
         layers = [*config["layer_types"], "full_attention"]
         return {"full_attention_interval": layers.index("full_attention") + 1}

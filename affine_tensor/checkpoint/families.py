@@ -509,6 +509,7 @@ FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
     "gemma4_text": _GEMMA4,
     "gemma4_unified": _GEMMA4_UNIFIED,
     "llama4_text": _LLAMA4,
+    "mllama": Family(prefixes=[("model.vision_model.", "vision_tower.")]),
     "muse_glimmer": _MUSE_GLIMMER,
     "muse_spark": _muse_spark,
     "muse_spark_text": _muse_spark_text,

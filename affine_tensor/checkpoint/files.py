@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,13 @@ class StoredTensor:
     def place(self) -> tuple[str, int]:
         """What to sort by to read files from front to back."""
         return str(self.file), self.start
+
+    def items(self, start: int, stop: int) -> StoredTensor:
+        """Those of its first dimension from `start` to before `stop`, or to its end."""
+        count = min(stop, self.shape[0]) - start
+        each = self.nbytes // self.shape[0]
+        shape, begin = (count, *self.shape[1:]), self.start + start * each
+        return replace(self, shape=shape, start=begin, nbytes=count * each)
 
     def read(self) -> Tensor:
         """Read it into memory of its own.

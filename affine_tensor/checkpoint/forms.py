@@ -350,6 +350,16 @@ class AbsorbedKV(Form):
         return stored | self.parts[1].save(values.contiguous())
 
 
+def keeps_experts_apart(form: Form) -> bool:
+    """Whether the experts a to b of a parameter are made of experts a to b of what is
+    stored."""
+    return all(
+        isinstance(one, Stored | Transposed | Rows | RowOrder)
+        and getattr(one, "axis", None) is None
+        for one in form.forms()
+    )
+
+
 # ---- values ---------------------------------------------------------------------
 
 

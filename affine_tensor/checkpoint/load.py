@@ -6,7 +6,7 @@ import math
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,7 @@ from .files import (
     move,
     open_checkpoint,
 )
-from .forms import Form, Stored
+from .forms import Form, Stored, keeps_experts_apart
 from .names import Names
 
 _READERS = min(4, os.cpu_count() or 1)  # threads
@@ -120,28 +120,17 @@ class Planned:
         Packed weights stay packed where their form can be had so. A vector that does not
         survive the way to `dtype` and back (1 + w, in bfloat16) is float32.
         """
-        name, shape = self.target.name, self.target.parameter.shape
+        shape = self.target.parameter.shape
         if self.form is None:
             return torch.zeros(shape, dtype=dtype, device=device)
         parts: dict[str, AffineQuantizedTensor] = {}
-
-        def stored(leaf_name: str) -> Tensor:
-            leaf = self.leaves[leaf_name]
-            if isinstance(leaf, StoredTensor):
-                value = leaf.read()
-                if isinstance(self.form, Stored):  # cast where it was read
-                    value = cast(name, value, dtype)
-                return move(value, device)
-            value = leaf.read(dtype, device)
-            if isinstance(value, AffineQuantizedTensor):
-                parts[leaf_name] = value
-            return value
-
         if len(self.leaves) == 1:
-            value = self.form.load(stored)
+            value = self._load(self.form, self.leaves, dtype, device, parts)
+        elif (joined := self._by_experts(self.form, dtype, device)) is not None:
+            return joined
         else:
             with _joining:
-                value = self.form.load(stored)
+                value = self._load(self.form, self.leaves, dtype, device, parts)
         if isinstance(value, AffineQuantizedTensor):
             return value
         own = self._cast(value, dtype)
@@ -150,6 +139,56 @@ class Planned:
             # For saving, which would have to quantize again what this is made of.
             own.affine_parts = parts  # type: ignore[attr-defined]
         return own
+
+    def _load(
+        self,
+        form: Form,
+        leaves: Mapping[str, _Stored],
+        dtype: torch.dtype,
+        device: torch.device,
+        parts: dict[str, AffineQuantizedTensor],
+    ) -> Tensor:
+        """What the form makes of the leaves; `parts` receives the packed ones."""
+
+        def stored(leaf_name: str) -> Tensor:
+            leaf = leaves[leaf_name]
+            if isinstance(leaf, StoredTensor):
+                value = leaf.read()
+                if isinstance(form, Stored):  # cast where it was read
+                    value = cast(self.target.name, value, dtype)
+                return move(value, device)
+            value = leaf.read(dtype, device)
+            if isinstance(value, AffineQuantizedTensor):
+                parts[leaf_name] = value
+            return value
+
+        return form.load(stored)
+
+    def _by_experts(
+        self, form: Form, dtype: torch.dtype, device: torch.device
+    ) -> Tensor | None:
+        """Joined a few experts at a time, so that the memory of the pieces is not needed
+        as well; None if that cannot be done, or gives a dense tensor."""
+        count = self.target.parameter.shape[:1].numel()
+        packed = [v for v in self.leaves.values() if isinstance(v, mlx.PackedWeight)]
+        stacks = [v for v in packed if len(v.shape) == 3 and v.shape[0] == count]
+        if len(stacks) < len(self.leaves) or not keeps_experts_apart(form):
+            return None
+        whole: AffineQuantizedTensor | None = None
+        step = max(1, _SLAB * count // self.nbytes)
+        for start in range(0, count, step):
+            leaves = {leaf.name: leaf.experts(start, start + step) for leaf in stacks}
+            try:
+                some = self._load(form, leaves, dtype, device, {})
+            except CheckpointError:
+                return None  # read as a whole, it says where
+            if not isinstance(some, AffineQuantizedTensor):
+                return None
+            if whole is None:
+                whole = some._map(lambda part: part.new_empty(count, *part.shape[1:]))
+            for own, part in zip(whole._parts(), some._parts(), strict=True):
+                own[start : start + step] = part
+        return whole
 
     def remark(self, value: Tensor) -> str | None:
         """What the report says of this value: what was not kept as it was stored."""
@@ -185,8 +224,10 @@ class Planned:
         return own if exact else wide
 
 
-# Joined weights exist twice for a moment, so one at a time.
+# Weights that are joined whole exist twice for a moment, so one at a time.
 _joining = threading.Lock()
+
+_SLAB = 8 << 20  # bytes of experts that are joined at once
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,6 +70,15 @@ class PackedWeight:
     def note(self) -> str | None:
         """What the report of a load says about this weight, if anything."""
         return None
+
+    def experts(self, start: int, stop: int) -> PackedWeight:
+        """The weight of the experts from `start` to before `stop`."""
+        fields = {
+            field: part.items(start, stop)
+            for field, part in vars(self).items()
+            if isinstance(part, StoredTensor) and part.shape[:1] == self.shape[:1]
+        }
+        return replace(self, **fields)  # type: ignore[arg-type]
 
     def read(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Read it, as a tensor that counts as `dtype`."""

@@ -50,9 +50,16 @@ def load(
     `quantization_config` says. `chosen` is whether an auto class chose `model_class`.
     `kwargs` are those of transformers' `from_pretrained`.
     """
+    _refuse(kwargs)
     folder = checkpoint.folder
     config = copy.deepcopy(config)
     pre_quantized = mlx.recognizes(checkpoint)
+    if pre_quantized and sink is not None:
+        raise ValueError(
+            f"{folder} is in MLX format already. Load it with from_pretrained, and write "
+            "it with save_checkpoint; with AffineQuantizationConfig(dequantize=True) it "
+            "becomes dense first"
+        )
     loading = Loading(checkpoint, LoadReport(str(source)), sink=sink)
     if pre_quantized:
         model_class, config = _without_towers(model_class, config, loading, chosen)
@@ -82,6 +89,22 @@ def load(
     return result
 
 
+# What transformers takes, and would have no effect here, or a wrong one.
+_REFUSED = {
+    "key_mapping": "names are found by affine_tensor's own rules; rename the tensors in "
+    "the files, or load them with load_checkpoint_ into a model that has these names",
+    "tp_plan": "tensor parallelism is not there yet; device_map is",
+    "tp_size": "tensor parallelism is not there yet; device_map is",
+    "distributed_config": "distributed loading is not there yet; device_map is",
+}
+
+
+def _refuse(kwargs: dict[str, Any]) -> None:
+    for name, reason in _REFUSED.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name} is not taken with packed weights: {reason}")
+
+
 def _set_quantization(
     config: Any, checkpoint: Checkpoint, given: AffineQuantizationConfig | None
 ) -> None:
@@ -91,7 +114,9 @@ def _set_quantization(
             if hasattr(own, key):
                 delattr(own, key)
     general = mlx.settings(checkpoint.config)[:1]
-    bits, group = [general[0].get(k) if general else None for k in ("bits", "group_size")]
+    bits, group = [
+        general[0].get(k) if general else None for k in ("bits", "group_size")
+    ]
     if bits not in layout.BITS or group not in layout.GROUP_SIZES:
         bits, group = 4, 64  # it says nothing general; only for show
     config.quantization_config = {
@@ -126,7 +151,12 @@ def _without_towers(
             model_class.__name__,
         )
         return model_class, config
-    text.tie_word_embeddings = not any("lm_head." in name for name in stored.tensors)
+    said = [
+        part.get("tie_word_embeddings")
+        for part in (stored.config, *_parts(stored.config))
+    ]
+    tied = [one for one in said if one is not None]
+    text.tie_word_embeddings = tied[0] if tied else not _has_head(stored)
     if getattr(text, "dtype", None) is None:
         text.dtype = config.dtype
     return text_class, text
@@ -136,9 +166,13 @@ def _untie(config: Any, checkpoint: Checkpoint) -> None:
     """A head of its own counts where only a default of transformers ties it."""
     raw = checkpoint.config
     said = any("tie_word_embeddings" in part for part in (raw, *_parts(raw)))
-    if not said and any("lm_head." in name for name in checkpoint.tensors):
+    if not said and _has_head(checkpoint):
         for own in (config, config.get_text_config()):
             own.tie_word_embeddings = False
+
+
+def _has_head(checkpoint: Checkpoint) -> bool:
+    return any("lm_head." in name for name in checkpoint.tensors)
 
 
 def _parts(raw: dict[str, Any]) -> list[dict[str, Any]]:

@@ -76,7 +76,9 @@ def from_pretrained(
     )
     checkpoint = open_checkpoint(folder)
     if given is None and not mlx.recognizes(checkpoint):
-        raise CheckpointError(f"{folder} is not in MLX format: {why_not_mlx(checkpoint)}")
+        raise CheckpointError(
+            f"{folder} is not in MLX format: {why_not_mlx(checkpoint)}"
+        )
     passed = {name: options.pop(name) for name in _PASSED if name in options}
     config, unknown = _read_config(checkpoint, options)
     if unknown:

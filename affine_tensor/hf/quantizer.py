@@ -121,7 +121,9 @@ class AffineQuantizer(HfQuantizer):
 
     # ---- what transformers asks before the weights come ---------------------------
 
-    def validate_environment(self, *args: Any, device_map: Any = None, **_: Any) -> None:
+    def validate_environment(
+        self, *args: Any, device_map: Any = None, **_: Any
+    ) -> None:
         places = device_map.values() if isinstance(device_map, dict) else [device_map]
         if any(str(place) == "disk" for place in places):
             raise ValueError(
@@ -163,11 +165,15 @@ class AffineQuantizer(HfQuantizer):
             name = item.target.name
             tensor = _PlannedTensor(item, dtypes[name], dense, loading.report)
             loading.state[name] = tensor
-            packed = [v for v in item.leaves.values() if not isinstance(v, StoredTensor)]
+            packed = [
+                v for v in item.leaves.values() if not isinstance(v, StoredTensor)
+            ]
             if packed and not dense:
                 self._sizes[name] = item.nbytes / max(1, item.target.parameter.numel())
         for module in model.modules():
-            if isinstance(module, nn.Embedding) and not [*module.buffers(recurse=False)]:
+            if isinstance(module, nn.Embedding) and not [
+                *module.buffers(recurse=False)
+            ]:
                 # Some models would set the row of the padding to zero afterwards. What
                 # has buffers (Gemma's scale) needs its values of them.
                 module._is_hf_initialized = True  # type: ignore[assignment]

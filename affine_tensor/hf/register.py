@@ -93,13 +93,15 @@ def _load(model_class: Any, source: Any, kwargs: dict[str, Any]) -> Any:
     given = as_affine(kwargs.pop("quantization_config", None))
     config = kwargs.pop("config", None)
     chosen = bool(kwargs.pop("_from_auto", False))
+    adapter = dict(kwargs.pop("adapter_kwargs", None) or {})
+    adapter_name = kwargs.pop("adapter_name", "default")
     rest = {k: v for k, v in kwargs.items() if k not in (*_HUB, *_DROPPED)}
     checkpoint = open_checkpoint(fetch(source, **hub))
     if config is None or isinstance(config, (str, Path)):
         config, rest = model_class.config_class.from_pretrained(
             config or checkpoint.folder, return_unused_kwargs=True, **rest
         )
-    return loading.load(
+    result = loading.load(
         model_class,
         source,
         checkpoint,
@@ -108,12 +110,17 @@ def _load(model_class: Any, source: Any, kwargs: dict[str, Any]) -> Any:
         chosen=chosen,
         **rest,
     )
+    # The repository was an adapter's, and this its base.
+    path = adapter.pop("_adapter_model_path", None)
+    if path is not None:
+        model = result[0] if isinstance(result, tuple) else result
+        model.load_adapter(path, adapter_name=adapter_name, adapter_kwargs=adapter)
+    return result
 
 
 # What auto classes pass on, and has no meaning once the files are here.
 _DROPPED = (
     "_from_pipeline",
-    "adapter_kwargs",
     "code_revision",
     "force_download",
     "proxies",

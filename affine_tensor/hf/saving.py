@@ -29,9 +29,7 @@ def install() -> None:
 
 
 @functools.wraps(_stock_save_pretrained)
-def _save_pretrained(
-    self: Any, save_directory: Any, *args: Any, **kwargs: Any
-) -> Any:
+def _save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
     packed = any(isinstance(p, AffineQuantizedTensor) for p in self.parameters())
     if not packed or getattr(self, "_hf_peft_config_loaded", False):
         return _stock_save_pretrained(self, save_directory, *args, **kwargs)
@@ -63,7 +61,9 @@ def _save_packed(
                 "checkpoint is written from the model itself"
             )
     if distributed_checkpoint:
-        raise ValueError("a model with packed weights is not saved as a distributed one")
+        raise ValueError(
+            "a model with packed weights is not saved as a distributed one"
+        )
     if not is_main_process:
         return
     if folder.is_file():
