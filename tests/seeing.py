@@ -39,6 +39,7 @@ class Seeing:
     `dense` matches what else mlx-vlm leaves so, unless `everything` is quantized. With
     `head_twice` a tied head is stored too. `without` are modules that are left out.
     `writer` is "mlx_lm" or "mlx_vlm" where a table of names does not say it all.
+    `unreadable` is why mlx-vlm does not read what was saved.
     """
 
     model_type: str
@@ -59,6 +60,7 @@ class Seeing:
     head_twice: bool = False
     without: tuple[str, ...] = ()
     writer: str = ""
+    unreadable: str = ""
     label: str = ""
 
     def __str__(self) -> str:

@@ -6,6 +6,7 @@ import re
 from importlib.metadata import version
 from pathlib import Path
 
+import cases_vision
 import pytest
 from model_types import ALONE, COUNTERPARTS, UNTESTED
 from test_architectures import CASES
@@ -37,7 +38,8 @@ def test_the_counterparts_are_there() -> None:
 def test_every_model_type_with_a_counterpart_has_a_case() -> None:
     # By the name of its architecture mlx-lm takes this one for another.
     modules = {"bailing_hybrid": "bailing_moe_v3"}
-    types = [case.mlx_type or case.model_type for case in CASES]
+    by_mlx_lm = [case for case in cases_vision.CASES if case.writer == "mlx_lm"]
+    types = [case.mlx_type or case.model_type for case in (*CASES, *by_mlx_lm)]
     tested = {modules.get(name, name) for name in types}
     assert COUNTERPARTS.keys() - tested == UNTESTED.keys()
     assert {case.model_type for case in CASES} <= set(COUNTERPARTS.values())

@@ -16,6 +16,7 @@ from torch import nn
 from .. import layout
 from .families import MLX_TYPES
 from .files import CONFIG, fetch, fetch_companions, is_repository, read_json
+from .names import is_tower
 
 # What goes along from the folder that a model came from.
 _TOKENIZER_FILES = (
@@ -89,6 +90,8 @@ def mlx_config(
     _spell_as_version_4(config)
     for part in (config, *_nested(config)):
         part |= _settings_of_mlx(part)
+    if any(is_tower(name) for name, _ in model.named_modules()):
+        config["model_type"] = own.model_type  # mlx-vlm has transformers' types
     config = _within_composite(config)
     if formats:
         quantization = _quantization(formats)
@@ -123,6 +126,15 @@ def _within_composite(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+# As published, and as mlx-vlm wants them.
+_VISION_TYPES = {
+    "qwen2_vl_vision": "qwen2_vl",
+    "qwen2_5_vl_vision": "qwen2_5_vl",
+    "qwen3_vl_vision": "qwen3_vl",
+    "qwen3_vl_moe_vision": "qwen3_vl_moe",
+}
+
+
 def _settings_of_mlx(config: dict[str, Any]) -> dict[str, Any]:
     """What mlx-lm spells in a way of its own, and what it must be told of a model that
     transformers knows in one form only."""
@@ -141,9 +153,10 @@ def _settings_of_mlx(config: dict[str, Any]) -> dict[str, Any]:
         each = config["hidden_size"] // config["num_attention_heads"]
         return {"head_dim": config.get("head_dim") or each}
     if model_type in ("gemma3", "gemma4", "gemma4_unified"):  # not that of the text
-        text = config["text_config"]
-        shared = {k: config[k] for k in ("mm_tokens_per_image",) if k in config}
-        return {"vocab_size": text["vocab_size"], "text_config": text | shared}
+        if model_type == "gemma3":
+            tokens = config["mm_tokens_per_image"]
+            config["text_config"]["mm_tokens_per_image"] = tokens
+        return {"vocab_size": config["text_config"]["vocab_size"]}
     if model_type in ("gemma4_text", "gemma4_unified_text"):
         others = list((config.get("per_layer_config") or {}).values())[:1]
         names = {
@@ -178,14 +191,10 @@ def _settings_of_mlx(config: dict[str, Any]) -> dict[str, Any]:
             "rotary_dim": int(config["head_dim"] * part),
             "shared_intermediate_size": 0,
         }
-    if model_type == "mllama_vision_model":
-        return {"max_aspect_ratio_id": len(config["supported_aspect_ratios"])}
     if model_type in ("qwen2_vl", "qwen2_5_vl"):  # mlx-vlm has the text beside vision
         return {**config["text_config"], **config}
-    if str(model_type).startswith("qwen") and str(model_type).endswith("_vl_vision"):
-        return {"model_type": str(model_type).removesuffix("_vision")}
-    if model_type == "qwen3_vl_moe_vision":
-        return {"model_type": "qwen3_vl_moe"}
+    if model_type in _VISION_TYPES:
+        return {"model_type": _VISION_TYPES[model_type]}
     if model_type in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"):
         layers = [*config["layer_types"], "full_attention"]
         return {"full_attention_interval": layers.index("full_attention") + 1}

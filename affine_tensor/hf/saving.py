@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..checkpoint.companions import has_tokenizer
-from ..checkpoint.save import save_checkpoint
+from ..checkpoint.save import Unsupported, save_checkpoint
 from ..tensor import AffineQuantizedTensor
 
 _stock_save_pretrained = PreTrainedModel.save_pretrained
@@ -51,9 +51,11 @@ def _save_packed(
     save_peft_format: bool = True,
     save_original_format: bool = True,
     distributed_checkpoint: bool = False,
+    unsupported: Unsupported = "error",
     **kwargs: Any,
 ) -> None:
-    """The arguments are those of transformers; the folder may hold other files."""
+    """The arguments are those of transformers, and `unsupported` of `save_checkpoint`;
+    the folder may hold other files."""
     for name, value in (("state_dict", state_dict), ("variant", variant)):
         if value is not None:
             raise ValueError(
@@ -78,7 +80,13 @@ def _save_packed(
     try:
         own = folder if folder.is_dir() and has_tokenizer(folder) else None
         limit = _bytes(max_shard_size)
-        save_checkpoint(model, beside, tokenizer=own, max_shard_bytes=limit)
+        save_checkpoint(
+            model,
+            beside,
+            tokenizer=own,
+            max_shard_bytes=limit,
+            unsupported=unsupported,
+        )
         _merge(beside, place)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
