@@ -84,7 +84,7 @@ QUANTIZATION = {"bits": 4, "group_size": 64, "mode": "affine"}
 BYTES = 4.5 / 8  # of a weight in that format, with its part of scales and biases
 
 
-def write_checkpoint(folder: Path, name: str, size: float, kind: str = "mlx") -> int:
+def write_checkpoint(folder: Path, own: Model, size: float, kind: str = "mlx") -> int:
     """A checkpoint of about `size` bytes, of random numbers; returns its bytes.
 
     `kind`: "mlx" as mlx-lm writes it, "metal" as transformers' MetalConfig does, or
@@ -92,7 +92,6 @@ def write_checkpoint(folder: Path, name: str, size: float, kind: str = "mlx") ->
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    own = MODELS[name]
     layers = max(1, round(size / (2 if kind == "dense" else BYTES) / own.layer))
     config = {**own.config, "num_hidden_layers": layers}
     if kind == "mlx":
@@ -120,7 +119,8 @@ def _tensors(model: Any, kind: str) -> Iterator[dict[str, Tensor]]:
             yield from _published(name, parameter.shape)
             continue
         stored: dict[str, Tensor] = {}
-        for leaf, like in next(names.forms(name, parameter.shape)).save(parameter).items():
+        form = next(names.forms(name, parameter.shape))
+        for leaf, like in form.save(parameter).items():
             stays = kind == "metal" and ("lm_head" in name or "embed" in name)
             if like.dim() == 1 or leaf.endswith("mlp.gate.weight") or stays:
                 stored[leaf] = _random(like.shape)
@@ -343,6 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--markdown", help="write the tables there")
     parser.add_argument("--json", help="write the figures there")
     options = parser.parse_args(arguments)
+    size = options.gigabytes * 1e9
     runs: list[tuple[str, str, str, dict[str, str]]] = []
     for name in options.models:
         runs.append((f"loading {name}", name, "mlx", LOADERS))
@@ -356,10 +357,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shard = options.shard if kind == "dense" else None
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "checkpoint"
-            size = write_checkpoint(folder, name, options.gigabytes * 1e9, kind)
+            taken = write_checkpoint(folder, MODELS[name], size, kind)
             results = in_turn(contestants, folder, options.rounds, shard=shard)
-        figures[title] = {"file_bytes": size, "results": results}
-        tables.append(table(title, size, results))
+        figures[title] = {"file_bytes": taken, "results": results}
+        tables.append(table(title, taken, results))
         print(f"{tables[-1]}\n", flush=True)
     head = (
         f"Each in a process of its own, medians of {options.rounds} ({machine()}; "

@@ -31,6 +31,7 @@ TOKENS = {
 UNTIED = {"tie_word_embeddings": False}
 
 # Prefixes of mlx-vlm, for the usual tree of transformers.
+PERCEIVE = "vision_tower.perceive."
 TEXT = [
     (r"^model\.language_model\.", "language_model.model."),
     (r"^lm_head\.", "language_model.lm_head."),
@@ -157,9 +158,31 @@ GLM_OCR_UNKNOWN = (
     "rope_theta",
     "torch_dtype",
 )
+MROPE_SECTION = {"mrope_section": [4, 6, 6]}
 GLM_TEXT = {
-    "rope_scaling": {"rope_type": "default", "mrope_section": [4, 6, 6]},
+    "rope_scaling": {"rope_type": "default", **MROPE_SECTION},
     "partial_rotary_factor": 1.0,
+    **UNTIED,
+}
+PADDLE = {
+    # mlx-vlm has the width of the text fixed.
+    "text_config": text(
+        "paddleocr_vl_text",
+        hidden_size=1024,
+        num_hidden_layers=1,
+        use_bias=False,
+        rope_scaling={"rope_type": "default", "type": "default", **MROPE_SECTION},
+        **UNTIED,
+    ),
+    "vision_config": {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 56,
+        "patch_size": 14,
+    },
+    **TOKENS,
     **UNTIED,
 }
 MUSE_SPARK: dict[str, Any] = {
@@ -409,7 +432,7 @@ CASES: list[Seeing] = [
         {
             **LLAVA,
             "text_config": text("qwen2", **UNTIED),
-            "vision_config": {**SIGLIP, "vision_use_head": False},
+            "vision_config": SIGLIP,
             "image_grid_pinpoints": [[28, 28], [28, 56]],
         },
         shown(10, pixel_values=(1, 2, 3, 28, 28), image_sizes=[[28, 28]]),
@@ -699,5 +722,184 @@ CASES: list[Seeing] = [
         everything=True,
         bits=6,
         label="mlx-lm",
+    ),
+    Seeing(
+        "paddleocr_vl",
+        PADDLE,
+        shown(
+            4,
+            pixel_values=(16, 3, 14, 14),
+            image_grid_thw=[[1, 4, 4]],
+            mm_token_type_ids="types",
+        ),
+        settings=flat(PADDLE),
+        writer="mlx_vlm",
+        unreadable="it is saved as transformers has it",
+    ),
+    Seeing(
+        "kimi_k25",
+        {
+            "text_config": text(
+                "deepseek_v3",
+                num_key_value_heads=4,
+                q_lora_rank=64,
+                kv_lora_rank=64,
+                qk_nope_head_dim=64,
+                qk_rope_head_dim=32,
+                v_head_dim=64,
+                n_routed_experts=4,
+                num_experts_per_tok=2,
+                n_shared_experts=1,
+                n_group=1,
+                topk_group=1,
+                first_k_dense_replace=1,
+                moe_intermediate_size=64,
+                norm_topk_prob=True,
+                routed_scaling_factor=1.0,
+                **UNTIED,
+            ),
+            "vision_config": {
+                "hidden_size": 64,
+                "intermediate_size": 64,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "patch_size": 14,
+                "pos_emb_height": 4,
+                "pos_emb_width": 4,
+            },
+            "projection_hidden_size": 64,
+            **TOKENS,
+            **UNTIED,
+        },
+        shown(4, pixel_values=(16, 3, 14, 14), image_grid_thw=[[1, 4, 4]]),
+        published=[
+            (r"^language_model\.model\.blocks\.", "language_model.model.layers."),
+            (r"^model\.mm_projector\.", "mm_projector."),
+        ],
+        settings={
+            "vision_config": {
+                "model_type": "moonvit",
+                "depth": 1,
+                "embed_dim": 64,
+                "num_heads": 2,
+                "init_pos_emb_height": 4,
+                "init_pos_emb_width": 4,
+            }
+        },
+        # Its groups run along another axis in MLX, so that a grid here is none there.
+        dense=r"kv_b_proj|embed_q|unembed_out",
+        tower_bits=8,
+        writer="mlx_vlm",
+        unreadable="it is saved as transformers has it",
+    ),
+    Seeing(
+        "hunyuan_vl",
+        {
+            "text_config": text(
+                "hunyuan_vl_text",
+                rope_scaling={
+                    "rope_type": "xdrope",
+                    "type": "xdrope",
+                    "xdrope_section": [4, 4, 4, 4],
+                    "alpha": 1000.0,
+                    "factor": 1.0,
+                },
+                tie_word_embeddings=True,
+            ),
+            "vision_config": {
+                "hidden_size": 64,
+                "intermediate_size": 64,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "patch_size": 16,
+                "out_hidden_size": 128,
+                "text_hidden_size": 128,
+                "max_image_size": 64,
+                "img_max_token_num": 16,
+            },
+            "image_token_id": TOKEN,
+            "im_start_id": 251,
+            "im_end_id": 252,
+            "im_newline_id": 253,
+            "tie_word_embeddings": True,
+        },
+        shown(
+            8,
+            pixel_values=(16, 768),
+            image_grid_thw=[[1, 4, 4]],
+            mm_token_type_ids="types",
+        ),
+        [
+            (r"^model\.(vision_tower\..*)\.layer_norm1\.", r"\1.input_layernorm."),
+            (
+                r"^model\.(vision_tower\..*)\.layer_norm2\.",
+                r"\1.post_attention_layernorm.",
+            ),
+            (r"^model\.(vision_tower\..*\.mlp)\.fc1\.", r"\1.dense_h_to_4h."),
+            (r"^model\.(vision_tower\..*\.mlp)\.fc2\.", r"\1.dense_4h_to_h."),
+            (r"^model\.vision_tower\.patch_merger\.proj_conv", f"{PERCEIVE}proj.0"),
+            (r"^model\.vision_tower\.patch_merger\.proj_out", f"{PERCEIVE}proj.2"),
+            (r"^model\.vision_tower\.patch_merger\.", PERCEIVE),
+            *PLAIN,
+        ],
+        settings={"vision_config": {"model_type": "hunyuan_vl"}},
+        tower_bits=8,
+    ),
+    Seeing(
+        "granite4_vision",
+        {
+            "text_config": text("granite4_vision_text", **UNTIED),
+            "vision_config": {**SIGLIP, "num_hidden_layers": 2},
+            "qformer_config": {
+                "model_type": "blip_2_qformer",
+                "hidden_size": 64,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "intermediate_size": 3072,
+                "encoder_hidden_size": 64,
+            },
+            "image_token_index": TOKEN,
+            "image_grid_pinpoints": [[28, 28], [28, 56]],
+            "vision_feature_select_strategy": "full",
+            "deepstack_layer_map": [[0, 0]],
+            "spatial_target_layers": [1],
+            "downsample_rate": "1/2",
+            **UNTIED,
+        },
+        shown(3, pixel_values=(1, 2, 3, 28, 28), image_sizes=[[28, 28]]),
+        NESTED,
+        published=PUBLISHED_NESTED,
+    ),
+    Seeing(
+        "minimax_m3_vl",
+        {
+            "text_config": text(
+                "minimax_m3_vl_text",
+                num_experts_per_tok=2,
+                num_local_experts=4,
+                dense_intermediate_size=128,
+                shared_intermediate_size=64,
+                rotary_dim=16,
+                mlp_layer_types=["dense", "sparse"],
+                layer_types=["full_attention", "full_attention"],
+                **UNTIED,
+            ),
+            "vision_config": {
+                "hidden_size": 64,
+                "intermediate_size": 64,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 56,
+                "patch_size": 14,
+            },
+            "projector_hidden_size": 128,
+            "image_token_index": TOKEN,
+            "video_token_index": 251,
+            **UNTIED,
+        },
+        shown(4, pixel_values=(16, 1176), image_grid_thw=[[1, 4, 4]]),
+        writer="mlx_vlm",
+        tower_bits=8,
     ),
 ]

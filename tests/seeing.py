@@ -70,7 +70,7 @@ class Seeing:
 
 
 TOWERS = re.compile(
-    r"vision|visual|projector|connector|image_newline|audio|perceive|embed_vision"
+    r"vision|visual|projector|connector|image_newline|audio|perceive|patch_merge"
 )
 
 
@@ -188,6 +188,8 @@ def write_by_hand(case: Seeing, twin: Any, folder: Path) -> None:
 
 def _pieces(name: str, tensor: Tensor, module: nn.Module) -> dict[str, Tensor]:
     """The tensors that one of transformers is in MLX: experts have gate and up apart."""
+    if "in_proj_" in name and isinstance(module, nn.MultiheadAttention):
+        return {name.replace("in_proj_", "in_proj."): tensor}
     place, _, own = name.rpartition(".experts.")
     if not place or own not in ("gate_up_proj", "down_proj"):
         return {name: tensor}

@@ -128,6 +128,8 @@ def _within_composite(config: dict[str, Any]) -> dict[str, Any]:
 
 # As published, and as mlx-vlm wants them.
 _VISION_TYPES = {
+    "hunyuan_vl_vision": "hunyuan_vl",
+    "paddleocr_vl_vision": "paddleocr_vl",
     "qwen2_vl_vision": "qwen2_vl",
     "qwen2_5_vl_vision": "qwen2_5_vl",
     "qwen3_vl_vision": "qwen3_vl",

@@ -270,14 +270,9 @@ def _gemma3n(config: Any) -> Family:
             unread[f"{attention}{name}.weight"] = shape
         unread[f"{attention}k_norm.weight"] = (config.head_dim,)
     shared = "|".join(map(str, range(first, count))) or "none"
-    text = r"^(?:language_model\.model|model(?!\.language_model))\."
+    own = "model.language_model."
     return Family(
-        renames=[
-            (
-                text + r"(?=layers|norm|embed_tokens|altup|per_layer)",
-                "model.language_model.",
-            )
-        ],
+        alone=[(own, own), ("model.", own)],
         ignored=[rf".*\.layers\.({shared})\.self_attn\.[kv]_(proj|norm)\."],
         unread=unread,
     )
@@ -358,19 +353,83 @@ def _muse_spark_text(config: Any) -> Family:
     )
 
 
-def _muse_spark(config: Any) -> Family:
-    width = config.vision_config.hidden_size
-    head = width // config.vision_config.num_attention_heads
+def _fused_tower(
+    config: Any, place: str, module: str, rotated: bool = True
+) -> list[Rule]:
+    """Queries, keys and values of a tower in one `module`; with biases."""
+    width = config.hidden_size
+    head = width // config.num_attention_heads if rotated else 0
     parts = [("q_proj", width, head), ("k_proj", width, head), ("v_proj", width, 0)]
+    weights, biases = (_fused(place, module, parts, e) for e in ("weight", "bias"))
+    return weights + biases
+
+
+def _muse_spark(config: Any) -> Family:
     place = r"(?:model\.)?vision_tower\..*\.attn"
     return Family(
         # mlx-lm has transformers' own prefixes.
         prefixes=[("model.", "model."), ("lm_head.", "lm_head.")],
-        rules=[
-            *_fused(place, "qkv_proj", parts, "weight"),
-            *_fused(place, "qkv_proj", parts, "bias"),
-        ],
+        rules=_fused_tower(config.vision_config, place, "qkv_proj"),
     )
+
+
+def _kimi_k25(config: Any) -> Family:
+    block = r"^(vision_tower\.blocks\.\d+\."
+    return Family(
+        prefixes=[
+            ("model.mm_projector.in_proj.", "mm_projector.proj.0."),
+            ("model.mm_projector.out_proj.", "mm_projector.proj.2."),
+        ],
+        renames=[
+            (r"^vision_tower\.layers\.", "vision_tower.blocks."),
+            (rf"{block}norm)1\.", r"\g<1>0."),
+            (rf"{block}norm)2\.", r"\g<1>1."),
+            (rf"{block}mlp\.fc)1\.", r"\g<1>0."),
+            (rf"{block}mlp\.fc)2\.", r"\g<1>1."),
+            (rf"{block}attn\.)proj\.", r"\1wo."),
+            (r"\.pos_emb\.position_embeddings$", ".pos_emb.weight"),
+        ],
+        rules=_fused_tower(config.vision_config, r"vision_tower\..*\.attn", "wqkv"),
+    )
+
+
+def _paddleocr_vl(config: Any) -> Family:
+    place = r"visual\..*\.self_attn"
+    return Family(
+        prefixes=[
+            ("model.visual.vision_model.encoder.", "visual."),
+            ("model.visual.vision_model.", "visual."),
+            ("model.projector.", "visual.projector."),
+        ],
+        rules=_fused_tower(config.vision_config, place, "qkv", rotated=False),
+    )
+
+
+_HUNYUAN_VL = Family(
+    renames=[
+        (r"^(vision_tower\..*)\.layer_norm1\.", r"\1.input_layernorm."),
+        (r"^(vision_tower\..*)\.layer_norm2\.", r"\1.post_attention_layernorm."),
+        (r"^(vision_tower\..*\.mlp)\.fc1\.", r"\1.dense_h_to_4h."),
+        (r"^(vision_tower\..*\.mlp)\.fc2\.", r"\1.dense_4h_to_h."),
+        (r"\.patch_merger\.proj_conv\.", ".perceive.proj.0."),
+        (r"\.patch_merger\.proj_out\.", ".perceive.proj.2."),
+        (r"\.patch_merger\.", ".perceive."),
+    ]
+)
+
+_MINIMAX_M3_VL = Family(
+    prefixes=[
+        (
+            "model.vision_tower.embeddings.proj.",
+            "vision_tower.vision_model.embeddings.patch_embedding.",
+        ),
+        ("model.vision_tower.layers.", "vision_tower.vision_model.encoder.layers."),
+        ("model.vision_tower.", "vision_tower.vision_model."),
+        ("model.multi_modal_projector.merge_", "patch_merge_mlp."),
+    ],
+    # Of mlx-vlm's convolutions the only one that is as torch has it.
+    rules=[Rule(r"(.*\.embeddings\.patch_embedding\.weight)", Stored(r"\1"))],
+)
 
 
 _LLAMA4 = Family(
@@ -509,6 +568,10 @@ FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
     "gemma4_text": _GEMMA4,
     "gemma4_unified": _GEMMA4_UNIFIED,
     "llama4_text": _LLAMA4,
+    "hunyuan_vl": _HUNYUAN_VL,
+    "kimi_k25": _kimi_k25,
+    "minimax_m3_vl": _MINIMAX_M3_VL,
+    "paddleocr_vl": _paddleocr_vl,
     "mllama": Family(prefixes=[("model.vision_model.", "vision_tower.")]),
     "muse_glimmer": _MUSE_GLIMMER,
     "muse_spark": _muse_spark,
@@ -518,6 +581,7 @@ FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
             "aya_vision",
             "cohere2_vision",
             "gemma3",
+            "granite4_vision",
             "llava",
             "llava_next",
             "llava_onevision",

@@ -290,8 +290,10 @@ class ResidualGate(Form):
     def load(self, read: Read) -> Tensor:
         alpha, beta = (part.load(read).double() for part in self.parts)
         # Near one beta has lost what alpha still knows, unless that is the floor.
-        rest = alpha.square() / (1 + beta)
-        rest = torch.where(alpha.square() > 1.001 * self.floor, rest, 1 - beta)
+        square = alpha.square()
+        lost = (beta > 0.9) & (square > 1.001 * self.floor)
+        rest = torch.where(lost, square / (1 + beta), 1 - beta)
+        beta, rest = beta.clamp_min(2.0**-149), rest.clamp_min(2.0**-25)
         gate = self.temperature * (beta.log() - rest.log())
         # A gate is published in bfloat16: it is that one, if it gives the same.
         short = gate.bfloat16().double()

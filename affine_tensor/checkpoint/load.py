@@ -168,7 +168,7 @@ class Planned:
         self, form: Form, dtype: torch.dtype, device: torch.device
     ) -> Tensor | None:
         """Joined a few experts at a time, so that the memory of the pieces is not needed
-        as well; None if that cannot be done, or gives a dense tensor."""
+        as well, and moved then; None if that cannot be done, or gives a dense tensor."""
         count = self.target.parameter.shape[:1].numel()
         packed = [v for v in self.leaves.values() if isinstance(v, mlx.PackedWeight)]
         stacks = [v for v in packed if len(v.shape) == 3 and v.shape[0] == count]
@@ -179,7 +179,7 @@ class Planned:
         for start in range(0, count, step):
             leaves = {leaf.name: leaf.experts(start, start + step) for leaf in stacks}
             try:
-                some = self._load(form, leaves, dtype, device, {})
+                some = self._load(form, leaves, dtype, torch.device("cpu"), {})
             except CheckpointError:
                 return None  # read as a whole, it says where
             if not isinstance(some, AffineQuantizedTensor):
@@ -188,7 +188,7 @@ class Planned:
                 whole = some._map(lambda part: part.new_empty(count, *part.shape[1:]))
             for own, part in zip(whole._parts(), some._parts(), strict=True):
                 own[start : start + step] = part
-        return whole
+        return whole and whole._map(lambda part: move(part, device))
 
     def remark(self, value: Tensor) -> str | None:
         """What the report says of this value: what was not kept as it was stored."""
@@ -227,7 +227,8 @@ class Planned:
 # Weights that are joined whole exist twice for a moment, so one at a time.
 _joining = threading.Lock()
 
-_SLAB = 8 << 20  # bytes of experts that are joined at once
+# Bytes of experts that are joined at once: of more, malloc would keep much for itself.
+_SLAB = 1 << 20
 
 
 @dataclass(frozen=True)

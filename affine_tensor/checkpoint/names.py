@@ -81,7 +81,7 @@ _IGNORED = (
 _TOWERS = re.compile(
     r"(model\.)?(vision_tower|visual|vision_model|vision_encoder|vision_embedder|"
     r"vision_embed_tokens|vision_adapter|vision_projection|multi_modal_projector|mm_projector|"
-    r"patch_merger|mlp1|embed_vision|embed_audio|audio_tower|audio_model|"
+    r"patch_merger|patch_merge_mlp|projector|(layerwise|spatial)_projectors|mlp1|embed_vision|embed_audio|audio_tower|audio_model|"
     r"vision_resampler|connector|perceiver|aligner|image_newline)\b"
 )
 
@@ -180,6 +180,8 @@ def _own_forms(
     if own == "weight" and type(module).__name__ == "Conv1D":  # transformers' own
         yield Transposed(stored)
         return
+    if own in ("in_proj_weight", "in_proj_bias"):  # of torch's own attention
+        yield Stored(stored.removesuffix(own) + own.replace("proj_", "proj."))
     yield Stored(stored)
 
 

@@ -1,0 +1,141 @@
+"""What loading takes of memory: little more than the file, joined experts too."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from architectures import Case, write_mlx_checkpoint
+from cases_experts import CASES as EXPERTS
+from cases_other import CASES as OTHER
+from cases_seeing import CASES as SEEING
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from affine_tensor import AffineQuantizedTensor, CheckpointError, from_pretrained
+from affine_tensor.checkpoint import load as loading
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+LIMIT = 1.15  # peak above what the process held before, as a multiple of the file
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """`benchmarks/load.py`, as a module."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import load
+
+    return load
+
+
+# Importing takes longest. Each load has a process of its own all the same.
+LOAD = """
+import os
+import affine_tensor
+from transformers import LlamaForCausalLM, Qwen3MoeForCausalLM
+
+for folder in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        measure(lambda: affine_tensor.from_pretrained(folder))
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="/proc tells how much memory is used"
+)
+def test_the_peak_is_little_more_than_the_file(
+    benchmark: ModuleType, tmp_path: Path
+) -> None:
+    small = {"hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8}
+    models = {
+        "llama": ({**small, "intermediate_size": 8192}, 30e6),
+        # Gate and up of a layer are a sixth of the file.
+        "qwen3_moe": ({**small, "num_experts": 64, "moe_intermediate_size": 512}, 105e6),
+    }
+    sizes: dict[str, int] = {}
+    for name, (changes, layer) in models.items():
+        config = {**benchmark.MODELS[name].config, **changes}
+        own = benchmark.Model(config, int(layer))
+        sizes[name] = benchmark.write_checkpoint(tmp_path / name, own, 170e6)
+        assert 180e6 < sizes[name] < 250e6
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", benchmark.MEASURE + LOAD),
+            *(str(tmp_path / name) for name in models),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for name, line in zip(models, done.stdout.splitlines(), strict=True):
+        ratio = json.loads(line)["peak"] / sizes[name]
+        assert 0.9 < ratio < LIMIT, f"{name}: {ratio:.3f} times the file"
+
+
+# ---- experts, a few at a time ----------------------------------------------------
+
+
+def case_of(cases: list[Case], model_type: str) -> Case:
+    return next(case for case in cases if case.model_type == model_type)
+
+
+def parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{name}.{number}": part
+        for name, value in model.named_parameters()
+        for number, part in enumerate(
+            value._parts() if isinstance(value, AffineQuantizedTensor) else [value]
+        )
+    }
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        case_of(EXPERTS, "qwen3_moe"),
+        case_of(OTHER, "gpt_oss"),  # rows in turn, transposed
+        case_of(SEEING, "llama4"),  # transposed
+    ],
+    ids=str,
+)
+def test_experts_come_out_the_same_however_many_are_joined_at_once(
+    case: Case, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlx_lm", reason="mlx-lm writes the checkpoints")
+    write_mlx_checkpoint(case, tmp_path)
+    options: dict[str, Any] = {"device_map": device}
+    monkeypatch.setattr(loading.Planned, "_by_experts", lambda *args: None)
+    whole = from_pretrained(tmp_path, **options)
+    monkeypatch.undo()
+    joined: list[bool] = []
+    by_experts = loading.Planned._by_experts
+
+    def counted(*args: Any) -> Tensor | None:
+        value = by_experts(*args)
+        joined.append(value is not None)
+        return value
+
+    monkeypatch.setattr(loading.Planned, "_by_experts", counted)
+    for slab in (1, 40_000, 1 << 30):  # one, some, all
+        joined.clear()
+        monkeypatch.setattr(loading, "_SLAB", slab)
+        model = from_pretrained(tmp_path, **options)
+        assert any(joined)
+        assert [(n, type(p)) for n, p in model.named_parameters()] == [
+            (n, type(p)) for n, p in whole.named_parameters()
+        ]
+        for name, want in parameters(whole).items():
+            got = parameters(model)[name]
+            assert (got.shape, got.dtype) == (want.shape, want.dtype)
+            assert device == "meta" or torch.equal(got, want), name
