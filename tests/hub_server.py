@@ -5,11 +5,12 @@
         huggingface_hub.snapshot_download("org/model")
         assert server.downloads == ["config.json"]
 
-Commits are hashes of the files as they are: to make one, change a file.
+Commits are hashes of the files as they are: to make one, change a file, or push.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import importlib.util
@@ -34,6 +35,10 @@ _ROUTE = re.compile(
     r"(?:/api/models)?/(?P<repo>[^/]+(?:/[^/]+)?)"
     r"(?:/(?P<what>revision|tree|resolve)/(?P<revision>[^/]+)(?:/(?P<path>.+))?)?"
 )
+_PUSH = re.compile(
+    r"/api/models/(?P<repo>.+)/(?P<what>preupload|commit)/(?P<revision>[^/]+)"
+)
+_BATCH = re.compile(r"/(?P<repo>.+)\.git/info/lfs/objects/batch")
 _Reply = tuple[int, dict[str, str], bytes]
 
 
@@ -57,7 +62,8 @@ class HubServer:
     """Serves model repos, each of them a folder or one folder per revision.
 
     ``token`` opens the repos in ``private`` (hidden from everyone else) and in
-    ``gated`` (listed for everyone, files refused). ``home`` is a scratch folder.
+    ``gated`` (listed for everyone, files refused). With it repos can be made and pushed
+    to: commits are written into their folders. ``home`` is a scratch folder.
     ``ranges`` says what becomes of a request for a part of a file: "served", "ignored"
     (the whole file is sent) or "refused", as servers and proxies do that lack them.
     """
@@ -79,6 +85,9 @@ class HubServer:
         assert ranges in ("served", "ignored", "refused")
         self.ranges = ranges
         self.requests: list[Request] = []
+        self.uploads: dict[
+            str, bytes
+        ] = {}  # by hash, of files that are not in a commit
         self._cuts: dict[str, int] = {}
 
     def __enter__(self) -> HubServer:
@@ -131,6 +140,12 @@ class HubServer:
                 return commit, files
         raise KeyError(revision)
 
+    def create(self, repo: str) -> None:
+        """Make a repo without files."""
+        folder = self.home / "pushed" / repo
+        folder.mkdir(parents=True)
+        self.repos[repo] = {"main": folder}
+
 
 class _Http(ThreadingHTTPServer):
     hub: HubServer
@@ -149,16 +164,69 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         url = urlsplit(self.path)
         route = _ROUTE.fullmatch(url.path)
-        status, headers, body = self._reply(route, parse_qs(url.query))
+        path = unquote(route["path"] or "") if route else ""
+        self._send(self._reply(route, parse_qs(url.query)), path)
+
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        self._send(self._take(self._body()))
+
+    do_PUT = do_POST
+
+    def _send(self, reply: _Reply, path: str = "") -> None:
+        status, headers, body = reply
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
-            path = unquote(route["path"] or "") if route else ""
+        if self.command != "HEAD":
             self.wfile.write(body[: self.server.hub._cuts.pop(path, None)])
 
-    do_HEAD = do_GET
+    def _body(self) -> bytes:
+        if self.headers["Transfer-Encoding"] != "chunked":
+            return self.rfile.read(int(self.headers["Content-Length"] or 0))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def _take(self, body: bytes) -> _Reply:
+        """Answer a request that makes a repo or writes to one."""
+        hub, path = self.server.hub, unquote(urlsplit(self.path).path)
+        if path == "/api/validate-yaml":
+            return _json({"errors": [], "warnings": []})
+        if self.command == "PUT":  # of a place that was given out
+            hub.uploads[path.rpartition("/")[2]] = body
+            return 200, {}, b""
+        if hub.token is None or self.headers["Authorization"] != f"Bearer {hub.token}":
+            return _refuse(401, "", "Invalid username or password.")
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            repo = f"{asked['organization'] or 'somebody'}/{asked['name']}"
+            existed = repo in hub.repos
+            if not existed:
+                hub.create(repo)
+            made = json.dumps({"url": f"{hub.endpoint}/{repo}"}).encode()
+            return (409 if existed else 200), {"Content-Type": "application/json"}, made
+        route = _PUSH.fullmatch(path) or _BATCH.fullmatch(path)
+        if route is None or route["repo"] not in hub.repos:
+            return _refuse(404, "RepoNotFound", "Repository not found")
+        if route.re is _BATCH:
+            return _json(_places(hub, json.loads(body)["objects"]))
+        folder = hub.repos[route["repo"]].get(unquote(route["revision"]))
+        if folder is None:
+            return _refuse(404, "RevisionNotFound", "Invalid rev id")
+        if route["what"] == "preupload":
+            return _json(
+                {"files": [_mode(f, folder) for f in json.loads(body)["files"]]}
+            )
+        _commit(hub, folder, body)
+        commit, _ = hub.snapshot(route["repo"], unquote(route["revision"]))
+        url = f"{hub.endpoint}/{route['repo']}/commit/{commit}"
+        return _json({"commitUrl": url, "commitOid": commit})
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         path, token = urlsplit(self.path).path, "Authorization" in self.headers
@@ -226,6 +294,42 @@ def _contents(data: bytes, commit: str, wanted: str | None) -> _Reply:
         return 416, {"Content-Range": f"bytes */{len(data)}"}, b""
     headers["Content-Range"] = f"bytes {start}-{last}/{len(data)}"
     return 206, headers, data[start : last + 1]
+
+
+def _places(hub: HubServer, objects: list[Any]) -> object:
+    """Where large files are to be sent."""
+
+    def place(one: Any) -> dict[str, Any]:
+        return {"upload": {"href": f"{hub.endpoint}/uploads/{one['oid']}"}}
+
+    found = [{**one, "actions": place(one)} for one in objects]
+    return {"transfer": "basic", "objects": found}
+
+
+def _mode(file: Any, folder: Path) -> dict[str, Any]:
+    """How a file is to be sent, and what is there under its name."""
+    path, there = file["path"], folder / file["path"]
+    oid = _blob_id(there.read_bytes()) if there.is_file() else None
+    mode = "lfs" if path.endswith(".safetensors") else "regular"
+    return {"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid}
+
+
+def _commit(hub: HubServer, folder: Path, body: bytes) -> None:
+    for line in body.splitlines():
+        operation = json.loads(line)
+        kind, value = operation["key"], operation["value"]
+        if kind == "header":
+            continue
+        place = folder / value["path"]
+        if kind == "deletedFile":
+            place.unlink()
+            continue
+        assert kind in ("file", "lfsFile"), kind
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if kind == "file":
+            place.write_bytes(base64.b64decode(value["content"]))
+        else:
+            place.write_bytes(hub.uploads.pop(value["oid"]))
 
 
 def _tree(files: dict[str, bytes], folder: str, recursive: bool) -> list[Any]:

@@ -278,6 +278,48 @@ def test_info_and_listings(server: HubServer, folder: Path, repo: str) -> None:
     assert not huggingface_hub.file_exists(repo, "config.yaml")
 
 
+def test_what_is_pushed_can_be_fetched(server: HubServer, folder: Path) -> None:
+    api = HfApi(token="hf_good")
+    url = api.create_repo("org/new")
+    assert url.repo_id == "org/new"
+    assert api.list_repo_files("org/new") == []
+    with pytest.raises(hub_errors.HfHubHTTPError, match="409"):
+        api.create_repo("org/new")
+    api.create_repo("org/new", exist_ok=True)
+    assert api.create_repo("mine").repo_id == "somebody/mine"
+    first = api.upload_folder(repo_id="org/new", folder_path=folder)
+    path = snapshot_download("org/new")
+    assert Path(path).name == first.oid == server.snapshot("org/new")[0]
+    assert names(path) == names(folder)
+    assert (Path(path) / "model.safetensors").read_bytes() == WEIGHTS
+    # Again, with one file changed and one deleted.
+    (folder / "config.json").write_text("{}")
+    api.upload_folder(
+        repo_id="org/new", folder_path=folder, delete_patterns="extra/*.txt"
+    )
+    api.delete_file("README.md", "org/new")
+    path = snapshot_download("org/new")
+    assert names(path) == names(folder) - {"README.md"}
+    assert (Path(path) / "config.json").read_text() == "{}"
+    assert server.uploads == {}
+
+
+@pytest.mark.parametrize("token", [False, "hf_wrong"])
+def test_pushing_needs_the_token(
+    server: HubServer, folder: Path, token: str | bool
+) -> None:
+    api = HfApi(token=token)
+    with pytest.raises(hub_errors.HfHubHTTPError, match="401"):
+        api.create_repo("org/new")
+    with pytest.raises(hub_errors.HfHubHTTPError, match="401"):
+        api.upload_folder(repo_id="org/model", folder_path=folder)
+    assert "org/new" not in server.repos
+    with pytest.raises(hub_errors.RevisionNotFoundError):
+        HfApi(token="hf_good").upload_folder(
+            repo_id="org/model", folder_path=folder, revision="v9"
+        )
+
+
 @pytest.mark.parametrize("turn", ["first", "second"])  # second: no copy of the first
 def test_transformers_loads_config_and_tokenizer(
     server: HubServer, folder: Path, turn: str

@@ -60,7 +60,10 @@ def test_the_peak_is_little_more_than_the_file(
     models = {
         "llama": ({**small, "intermediate_size": 8192}, 30e6),
         # Gate and up of a layer are a sixth of the file.
-        "qwen3_moe": ({**small, "num_experts": 64, "moe_intermediate_size": 512}, 105e6),
+        "qwen3_moe": (
+            {**small, "num_experts": 64, "moe_intermediate_size": 512},
+            105e6,
+        ),
     }
     sizes: dict[str, int] = {}
     for name, (changes, layer) in models.items():
@@ -139,3 +142,48 @@ def test_experts_come_out_the_same_however_many_are_joined_at_once(
             got = parameters(model)[name]
             assert (got.shape, got.dtype) == (want.shape, want.dtype)
             assert device == "meta" or torch.equal(got, want), name
+
+
+def write_nvfp4_experts(folder: Path) -> dict[str, Tensor]:
+    """Experts in nvfp4, each with a global scale; returns all tensors of the file."""
+    write_mlx_checkpoint(case_of(EXPERTS, "qwen3_moe"), folder)
+    file, path = folder / "model.safetensors", folder / "config.json"
+    tensors, config = load_file(file), json.loads(path.read_text())
+    generator = torch.Generator().manual_seed(0)
+    weights = [n for n in tensors if "switch_mlp" in n and n.endswith("weight")]
+    for stem in [name.removesuffix("weight") for name in weights]:
+        groups = tensors.pop(f"{stem}scales").shape
+        columns = groups[-1] * 64
+        shape = (*groups[:-1], columns // 8)
+        tensors.pop(f"{stem}biases", None)
+        words = torch.randint(-(2**31), 2**31, shape, generator=generator)
+        tensors[f"{stem}weight"] = words.to(torch.int32).view(torch.uint32)
+        shape = (*groups[:-1], columns // 16)
+        scales = torch.randint(120, shape, generator=generator)
+        tensors[f"{stem}scales"] = scales.to(torch.uint8)
+        tensors[f"{stem}global_scale"] = torch.rand(shape[0], generator=generator)
+        settings = {"mode": "nvfp4", "bits": 4, "group_size": 16}
+        config["quantization"][stem.removesuffix(".")] = settings
+    config["quantization_config"] = config["quantization"]
+    path.write_text(json.dumps(config))
+    save_file(tensors, file)
+    (folder / "model.safetensors.index.json").unlink()
+    return tensors
+
+
+def test_experts_with_global_scales(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlx_lm", reason="mlx-lm writes the checkpoints")
+    tensors = write_nvfp4_experts(tmp_path)
+    whole = parameters(from_pretrained(tmp_path))
+    monkeypatch.setattr(loading, "_SLAB", 1)
+    one_by_one = parameters(from_pretrained(tmp_path))
+    assert one_by_one.keys() == whole.keys()
+    assert all(torch.equal(one_by_one[name], want) for name, want in whole.items())
+    # What is wrong with an expert is said as of the whole.
+    name = next(name for name in tensors if name.endswith("switch_mlp.up_proj.scales"))
+    tensors[name][2, 1, 3] = 127
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{name} is 127 at \[2, 1, 3\]"):
+        from_pretrained(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import transformers
 from architectures import leave_out_
 from cases_vision import CASES
+from safetensors.torch import load_file, save_file
 from seeing import (
     Seeing,
     dense_twin,
@@ -166,6 +168,43 @@ def test_a_body_with_its_tower_loads(tmp_path: Path) -> None:
         want = twin.model(**case.inputs()).last_hidden_state
         got = model(**case.inputs()).last_hidden_state
     assert relative_l2(got, want) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("model_type", "old", "new"),
+    [
+        ("gemma3", "vision_tower.vision_model.", "vision_tower."),
+        ("mistral3", "vision_tower.vision_model.", "model.vision_tower."),
+        ("llava", "vision_tower.", "model.vision_tower."),
+        ("qwen2_vl", "vision_tower.", "visual."),
+        ("qwen3_vl", "language_model.model.", "model.language_model."),
+        ("qwen3_vl", "language_model.lm_head.", "lm_head."),
+        ("idefics3", "language_model.layers.", "model.text_model.layers."),
+    ],
+)
+def test_other_packagings(model_type: str, old: str, new: str, tmp_path: Path) -> None:
+    case = next(case for case in CASES if case.model_type == model_type)
+    twin = dense_twin(case)
+    write_by_hand(case, twin, tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = {
+        new + name[len(old) :] if name.startswith(old) else name: tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(tensors, file, metadata={"format": "mlx"})
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization"] = {
+        new + name[len(old) :] if name.startswith(old) else name: value
+        for name, value in config["quantization"].items()
+    }
+    path.write_text(json.dumps(config))
+    model = stock_model(case)
+
+    report = load_checkpoint_(model, tmp_path)
+
+    assert report.ignored == []
+    assert relative_l2(logits(model, case), logits(twin, case)) < TOLERANCE
 
 
 ENCODER = {

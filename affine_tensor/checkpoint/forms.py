@@ -295,10 +295,10 @@ class ResidualGate(Form):
         rest = torch.where(lost, square / (1 + beta), 1 - beta)
         beta, rest = beta.clamp_min(2.0**-149), rest.clamp_min(2.0**-25)
         gate = self.temperature * (beta.log() - rest.log())
-        # A gate is published in bfloat16: it is that one, if it gives the same.
+        # A gate is published in bfloat16: it is that one, if as near.
         short = gate.bfloat16().double()
-        same = torch.sigmoid(short / self.temperature) - beta
-        return torch.where(same.abs() < 1e-6 * beta, short, gate).float()
+        unsure = self.temperature * 2.0**-23 / rest + 4e-6 * gate.abs()
+        return torch.where((short - gate).abs() <= unsure, short, gate).float()
 
     def save(self, value: Tensor) -> dict[str, Tensor]:
         gate = _wide(value) / self.temperature

@@ -188,7 +188,7 @@ class Planned:
                 whole = some._map(lambda part: part.new_empty(count, *part.shape[1:]))
             for own, part in zip(whole._parts(), some._parts(), strict=True):
                 own[start : start + step] = part
-        return whole and whole._map(lambda part: move(part, device))
+        return None if whole is None else whole._map(lambda part: move(part, device))
 
     def remark(self, value: Tensor) -> str | None:
         """What the report says of this value: what was not kept as it was stored."""

@@ -46,7 +46,12 @@ _PREFIXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     (
         "model.vision_tower.",
-        ("vision_tower.", "vision_tower.vision_model.", "model.vision_tower."),
+        (
+            "vision_tower.",
+            "vision_tower.vision_model.",
+            "model.vision_tower.",
+            "model.vision_tower.vision_model.",
+        ),
     ),
     ("model.vision_model.", ("vision_model.", "vision_tower.", "model.vision_model.")),
     (
@@ -80,10 +85,12 @@ _IGNORED = (
 # What belongs to the towers of a model that sees or hears: a text model leaves it.
 _TOWERS = re.compile(
     r"(model\.)?(vision_tower|visual|vision_model|vision_encoder|vision_embedder|"
-    r"vision_embed_tokens|vision_adapter|vision_projection|multi_modal_projector|mm_projector|"
-    r"patch_merger|patch_merge_mlp|projector|(layerwise|spatial)_projectors|mlp1|embed_vision|embed_audio|audio_tower|audio_model|"
-    r"vision_resampler|connector|perceiver|aligner|image_newline)\b"
+    r"vision_embed_tokens|vision_adapter|vision_projection|vision_resampler|"
+    r"multi_modal_projector|mm_projector|projector|(layerwise|spatial)_projectors|"
+    r"patch_merger|patch_merge_mlp|mlp1|embed_vision|embed_audio|audio_tower|"
+    r"audio_model|connector|perceiver|aligner|image_newline)\b"
 )
+
 
 def is_tower(stored: str) -> bool:
     """Whether this is a tensor of a part that sees or hears."""
