@@ -467,7 +467,7 @@ def unsupported_model() -> nn.Module:
     model["b"].weight = nn.Parameter(ordered, requires_grad=False)
     other = AffineQuantizedTensor.from_dense(torch.randn(8, 64), 8, 64)
     model["d"] = nn.Module()
-    model["d"].in_proj_weight = nn.Parameter(other, requires_grad=False)
+    model["d"].probe_weight = nn.Parameter(other, requires_grad=False)
     return model
 
 
@@ -481,7 +481,7 @@ def test_what_mlx_cannot_hold_is_refused_with_a_way_out(tmp_path: Path) -> None:
 MLX has no form for these weights:
   a.weight: MLX has no group size 16
   b.weight: its columns are permuted (act-order)
-  d.in_proj_weight: MLX keeps scales and biases beside a parameter called weight
+  d.probe_weight: MLX keeps scales and biases beside a parameter called weight
 Pass unsupported='dense' to write them dense, or 'requantize' to quantize them anew (which loses accuracy)""",  # noqa: E501
     )
 
@@ -494,10 +494,10 @@ def test_ways_out(unsupported: Any, tmp_path: Path) -> None:
     }
     report = save_checkpoint(model, tmp_path / "mlx", unsupported=unsupported)
     tensors = stored(tmp_path / "mlx")
-    assert set(report.changed) == {"a.weight", "b.weight", "d.in_proj_weight"}
+    assert set(report.changed) == {"a.weight", "b.weight", "d.probe_weight"}
     assert report.packed["c.weight"] == (8, 64)
     assert ("a.weight" in report.packed) == (unsupported == "requantize")
-    assert tensors["d.in_proj_weight"].equal(want["d.in_proj_weight"])
+    assert tensors["d.probe_weight"].equal(want["d.probe_weight"])
     again = unsupported_model()
     load_checkpoint_(again, tmp_path / "mlx")
     for name, group_size in {"a.weight": 32, "b.weight": 64}.items():

@@ -278,7 +278,9 @@ def load_checkpoint_(
     )
     checkpoint = open_checkpoint(folder)
     if not mlx.recognizes(checkpoint):
-        raise CheckpointError(f"{folder} is not in MLX format: {why_not_mlx(checkpoint)}")
+        raise CheckpointError(
+            f"{folder} is not in MLX format: {why_not_mlx(checkpoint)}"
+        )
     plan = make_plan(model, checkpoint)
     report = LoadReport(str(source), ignored=plan.ignored)
     values = list(_read(plan, device, report, progress))

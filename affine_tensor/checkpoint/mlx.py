@@ -199,7 +199,8 @@ def recognizes_config(config: dict[str, Any]) -> bool:
     """Whether a config.json alone says that its checkpoint is in MLX format."""
     found = settings(config)[:1]
     return any(
-        one.get("quant_method") in _METHODS and {"bits", "group_size", "mode"} & one.keys()
+        one.get("quant_method") in _METHODS
+        and {"bits", "group_size", "mode"} & one.keys()
         for one in found
     )
 

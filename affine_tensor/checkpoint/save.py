@@ -20,9 +20,10 @@ from tqdm.auto import tqdm
 from .. import layout
 from ..quantize import slots
 from ..tensor import AffineQuantizedTensor, logger
-from .companions import mlx_config, origin_of, write_companions, write_json
+from .companions import origin_of, write_companions, write_json
 from .files import CONFIG, INDEX, as_dtype, cast
 from .forms import Form, dense
+from .mlx_config import mlx_config
 from .names import Names
 
 Unsupported = Literal["error", "dense", "requantize"]

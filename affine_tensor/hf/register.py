@@ -64,6 +64,8 @@ def _is_ours(source: Any, kwargs: dict[str, Any]) -> bool:
         return False
     try:
         config = probe(source, **_hub(kwargs))
+        if config and not mlx.settings(config) and Path(source).is_dir():
+            return mlx.recognizes(open_checkpoint(Path(source)))  # by its tensors
     except Exception:  # transformers says it better
         return False
     return mlx.recognizes_config(config) and not _known_to_transformers(config)
