@@ -23,6 +23,8 @@ from architectures import (
     write_mlx_checkpoint,
 )
 from cases_experts import CASES as EXPERTS
+from cases_latent import CASES as LATENT
+from cases_other import CASES as OTHER
 from cases_recurrent import CASES as RECURRENT
 from cases_seeing import CASES as SEEING
 from hub_server import HubServer, only_loopback, use_hub
@@ -54,6 +56,7 @@ from affine_tensor.hf.quantizer import tower_modules
 pytest.importorskip("mlx_lm", reason="mlx-lm writes the checkpoints")
 
 Load = Callable[..., Any]
+ALL_CASES = [*EXPERTS, *LATENT, *RECURRENT, *SEEING, *OTHER]
 ONE = "model.safetensors"
 IDS = torch.tensor([[5, 17, 200, 3, 9, 44, 81, 7]])
 
@@ -245,11 +248,6 @@ def of_another_method_besides(config: dict[str, Any]) -> None:
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
 
 
-def within_the_text(config: dict[str, Any]) -> None:
-    config["text_config"] = {"quantization": config.pop("quantization")}
-    del config["quantization_config"]
-
-
 def quantization_of(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The general settings and those of modules."""
     for key in ("quantization", "quantization_config"):
@@ -328,6 +326,20 @@ def test_a_module_that_false_says_is_dense(load: Load, folder: Path) -> None:
     assert_speaks(model, folder)
 
 
+def test_settings_within_those_of_the_text(load: Load, tmp_path: Path) -> None:
+    write_mlx_checkpoint(text_case("gemma3"), tmp_path)
+    want = from_pretrained(tmp_path)
+
+    def change(config: dict[str, Any]) -> None:
+        config["text_config"]["quantization_config"] = config.pop("quantization")
+        del config["quantization_config"]
+
+    change_config(tmp_path, change)
+    model = load(tmp_path)
+    assert_same(model, want)
+    assert model.config.quantization_config.quant_method == "affine"
+
+
 @pytest.mark.parametrize(
     "spelling",
     ["model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts"],
@@ -344,8 +356,8 @@ def test_experts_in_the_spelling_of_transformers(
     def change(config: dict[str, Any]) -> None:
         for key in ("quantization", "quantization_config"):
             own = config[key]
-            of_experts = [name for name in own if "switch_mlp" in name]
-            own |= {spelling: [own.pop(name) for name in of_experts][0]}
+            settings = [own.pop(name) for name in list(own) if "switch_mlp" in name]
+            own[spelling] = settings[0]
 
     change_config(tmp_path, change)
     assert_same(load(tmp_path), want)
@@ -423,50 +435,54 @@ def test_without_a_generation_config(load: Load, folder: Path) -> None:
 # ---- float formats ---------------------------------------------------------------
 
 
-def write_float_checkpoint(folder: Path, mode: str, global_scale: bool = False) -> None:
-    """Lets mlx-lm quantize in a float format."""
+def write_float_checkpoint(case: Case, folder: Path, mode: str) -> None:
+    """Lets mlx-lm quantize in a float format; experts in nvfp4 have global scales."""
     import mlx.core as mx
     from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
     dense = folder.with_name("dense")
-    _write_dense_checkpoint(Case("llama", {"tie_word_embeddings": False}), dense)
+    _write_dense_checkpoint(case, dense)
     model, config = load_model(dense)
     model.set_dtype(mx.float32)
     bits, group_size = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}[mode]
     model, config = quantize_model(
-        model, config, group_size, bits, mode=mode, global_scale=global_scale
+        model, config, group_size, bits, mode=mode, global_scale=mode == "nvfp4"
     )
     save_model(folder, model)
     save_config(config, folder / CONFIG)
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["", "global"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
 @pytest.mark.parametrize("mode", ["mxfp4", "nvfp4", "mxfp8"])
 def test_float_formats(
     mode: str,
-    whole: bool,
+    model_type: str,
     load: Load,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    if whole and mode != "nvfp4":
-        pytest.skip("only nvfp4 has a global scale")
+    cases = [Case("llama", {"tie_word_embeddings": False}), *EXPERTS]
+    case = next(case for case in cases if case.model_type == model_type)
     folder = tmp_path / "mlx"
-    write_float_checkpoint(folder, mode, whole)
-    assert whole == any("global_scale" in name for name in load_file(folder / ONE))
+    write_float_checkpoint(case, folder, mode)
+    whole = any("global_scale" in name for name in load_file(folder / ONE))
+    assert whole == (mode == "nvfp4" and model_type == "qwen3_moe")
     with caplog.at_level(logging.INFO, "affine_tensor"):
         model = load(folder)
     said = "\n".join(caplog.messages)
+    weights = packed(model)
+    for name in [name for name in weights if "mlp.gate." in name]:
+        assert weights.pop(name).bits == 8  # routers are affine all the same
     if mode == "mxfp8":
-        assert not packed(model)
+        assert not weights
         assert "mxfp8 is not affine: made dense" in said
     else:
-        assert {p.bits for p in packed(model).values()} == {5}
-        assert len(packed(model)) == 16
-        assert (
-            f"{mode} with a global scale" if whole else f"{mode}: kept exactly" in said
-        )
-    assert_speaks(model, folder)
+        assert {weight.bits for weight in weights.values()} == {5}
+        assert "lm_head.weight" in weights
+        assert f"{mode}: kept exactly" in said
+        assert ("nvfp4 with a global scale: kept to 2**-21" in said) == whole
+    if not whole:  # with one, mlx-lm has experts only on a GPU
+        assert_speaks(model, folder)
 
 
 # ---- the Hub ---------------------------------------------------------------------
@@ -495,8 +511,9 @@ def test_a_repository_with_a_stale_index(
     assert model.config._name_or_path == model.name_or_path == "org/model"
     weights = [n for n in server.downloads if n.endswith(".safetensors")]
     assert sorted(weights) == [shard(1, 2), shard(2, 2)]
-    asked = [r.path for r in server.requests if "-of-00005" in r.path]
-    assert asked == []
+    asked = [r for r in server.requests if r.path.endswith(".safetensors")]
+    assert {r.path.rpartition("/")[2] for r in asked} == set(weights)
+    assert {r.status for r in asked} <= {200, 206, 302}
     server.requests.clear()
     model = load("org/model", local_files_only=True)
     assert_same(model, want)
@@ -551,3 +568,240 @@ def test_disk_offload_is_refused(load: Load, folder: Path, tmp_path: Path) -> No
     ):
         with pytest.raises(ValueError, match="leaves a part of the model on disk"):
             load(folder, **options, **off)
+
+
+# ---- text of models that see -----------------------------------------------------
+
+
+class _Counted(TorchDispatchMode):
+    """Counts the numbers in the largest tensor that is made on a device."""
+
+    largest = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not result.is_meta:
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+def parameter_count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def text_case(model_type: str) -> Case:
+    cases = [*SEEING, *RECURRENT]
+    return next(case for case in cases if case.model_type == model_type)
+
+
+# The class that each loads as: that of the text, where there is one.
+TEXT = {
+    "gemma3": "Gemma3ForCausalLM",
+    "mistral3": "MistralForCausalLM",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_5": "Qwen3_5ForCausalLM",
+}
+
+
+def load_seeing(load: Load, folder: Path) -> Any:
+    """transformers' AutoModelForCausalLM does not have all of them."""
+    if load is from_pretrained:
+        return load(folder)
+    config = AutoConfig.from_pretrained(folder)
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        return AutoModelForImageTextToText.from_pretrained(folder)
+    return load(folder)
+
+
+@pytest.mark.parametrize("model_type", TEXT)
+def test_a_model_that_sees_without_its_tower(
+    model_type: str, load: Load, tmp_path: Path
+) -> None:
+    case = text_case(model_type)
+    write_mlx_checkpoint(case, tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert "vision_config" not in config
+    assert config["model_type"] == model_type
+    with _Counted() as counted:
+        model = load_seeing(load, tmp_path)
+    assert type(model).__name__ == TEXT[model_type]
+    assert not list(tower_modules(model))
+    # Not even for a moment: the default towers have some hundred million.
+    assert parameter_count(model) < 2_000_000
+    assert counted.largest < 2_000_000
+    assert_speaks(model, tmp_path, case.tolerance)
+
+
+@pytest.mark.parametrize("model_type", TEXT)
+def test_the_class_that_sees_on_request(
+    model_type: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    case = text_case(model_type)
+    write_mlx_checkpoint(case, tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    seeing = AutoModelForImageTextToText._model_mapping[type(config)]
+    with _Counted() as counted:
+        model = from_pretrained(tmp_path, model_class=seeing)
+    assert type(model) is seeing
+    assert not list(tower_modules(model))
+    assert parameter_count(model) < 2_000_000
+    assert counted.largest < 2_000_000
+    assert f"of {seeing.__name__} that see or hear are left out" in caplog.text
+    assert_speaks(model, tmp_path, case.tolerance)
+
+
+def test_a_tower_of_which_nothing_is_there(load: Load, tmp_path: Path) -> None:
+    """Former versions of mlx-lm left its configuration."""
+    case = text_case("gemma3")
+    write_mlx_checkpoint(case, tmp_path)
+    edit_json(tmp_path / CONFIG, vision_config=case.config["vision_config"])
+    assert_speaks(load(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "mistral3", "qwen3_vl"])
+def test_a_tower_of_which_something_is_missing(
+    model_type: str, load: Load, tmp_path: Path
+) -> None:
+    case = text_case(model_type)
+    write_mlx_checkpoint(case, tmp_path)
+    edit_json(tmp_path / CONFIG, vision_config=case.config["vision_config"])
+    tensors = load_file(tmp_path / ONE)
+    save_file({**tensors, "vision_tower.x": torch.ones(2)}, tmp_path / ONE)
+    (tmp_path / INDEX).unlink()
+    with pytest.raises(
+        CheckpointError, match=r"\d+ missing:\n  model\.(vision_tower|visual)"
+    ):
+        load_seeing(load, tmp_path)
+
+
+# ---- parts in float32 ------------------------------------------------------------
+
+FLOAT32 = {
+    "bfloat16": ["deepseek_v3", "ernie4_5_moe", "glm4_moe", "nemotron_h"],
+    "float16": ["gpt_oss", "glm4_moe", "longcat_flash", "afmoe"],
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "model_type"),
+    [(dtype, name) for dtype, names in FLOAT32.items() for name in names],
+)
+def test_what_a_model_keeps_in_float32(
+    dtype: str, model_type: str, load: Load, tmp_path: Path
+) -> None:
+    case = next(case for case in ALL_CASES if case.model_type == model_type)
+    _write_dense_checkpoint(case, tmp_path / "dense")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=dtype)
+    want = {name: tensor.dtype for name, tensor in stock.state_dict().items()}
+    assert set(want.values()) >= {torch.float32, getattr(torch, dtype)}
+    write_mlx_checkpoint(case, tmp_path / "mlx")
+    model = load(tmp_path / "mlx", dtype=dtype)
+    got = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    assert got == want
+    with torch.no_grad():
+        assert bool(model(IDS, use_cache=False).logits.isfinite().all())
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_list_of_modules_that_are_kept_in_float32(
+    dtype: torch.dtype,
+    strict: bool,
+    load: Load,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    key = "_keep_in_fp32_modules_strict" if strict else "_keep_in_fp32_modules"
+    monkeypatch.setattr(LlamaForCausalLM, key, ["norm", "q_proj"])
+    # Without "strict" it is for float16 only.
+    kept = torch.float32 if strict or dtype == torch.float16 else dtype
+    model = load(folder, dtype=dtype)
+    for name, parameter in model.named_parameters():
+        named = "norm" in name or "q_proj" in name
+        assert parameter.dtype == (kept if named else dtype), name
+    query = model.model.layers[0].self_attn.q_proj.weight
+    assert isinstance(query, AffineQuantizedTensor)
+    stored = load_file(folder / ONE)
+    name = "model.layers.0.input_layernorm.weight"
+    assert torch.equal(model.get_parameter(name), stored[name].to(kept))
+
+
+# ---- a load is a transaction -----------------------------------------------------
+
+
+def truncate(folder: Path) -> None:
+    (folder / ONE).write_bytes((folder / ONE).read_bytes()[:-100])
+
+
+def lose_a_tensor(folder: Path) -> None:
+    tensors = load_file(folder / ONE)
+    del tensors["model.layers.1.mlp.up_proj.scales"]
+    save_file(tensors, folder / ONE)
+    no_index_of_one(folder)
+
+
+def overflow(folder: Path) -> None:
+    tensors = load_file(folder / ONE)
+    tensors["model.norm.weight"][3] = 1e38  # which float16 does not have
+    save_file(tensors, folder / ONE)
+
+
+def lose_a_shard(folder: Path) -> None:
+    write_index(folder, write_shards(folder, 3))
+    (folder / shard(3, 3)).unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, "it is truncated"),
+        (lose_a_tensor, r"model\.layers\.1\.mlp\.up_proj\.scales is missing"),
+        (overflow, r"model\.norm\.weight holds 1e\+38, which float16 cannot express"),
+        (lose_a_shard, r"lacks model-00003-of-00003\.safetensors"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_failed_load_changes_nothing(
+    damage: Callable[[Path], None], message: str, folder: Path
+) -> None:
+    config = AutoConfig.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    places = {name: id(value) for name, value in model.named_parameters()}
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint_(model, folder)
+    assert {name: id(value) for name, value in model.named_parameters()} == places
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_file_that_shrinks_while_it_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    make_plan = loading.make_plan
+
+    def then_truncate(*args: Any) -> Any:
+        plan = make_plan(*args)
+        truncate(folder)
+        return plan
+
+    monkeypatch.setattr(loading, "make_plan", then_truncate)
+    with pytest.raises(CheckpointError, match="it is truncated, or changed while"):
+        load_checkpoint_(model, folder)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("damage", [truncate, lose_a_tensor, overflow, lose_a_shard])
+def test_a_failed_load_says_why_through_transformers(
+    damage: Callable[[Path], None], load: Load, folder: Path
+) -> None:
+    damage(folder)
+    with pytest.raises(CheckpointError):
+        load(folder, dtype=torch.float16)
+    assert torch.get_default_dtype() == torch.float32

@@ -74,25 +74,31 @@ class Family:
 
 def families_of(config: Any) -> list[Family]:
     """The families of a model with this configuration, most special first."""
-    found = []
-    for model_type in model_types(config):
+    found: dict[str, Family] = {}
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for part in (config, text):
+        model_type = _model_type(part)
         entry = FAMILIES.get(model_type)
-        if entry is None:
-            continue
-        whole = model_type == getattr(config, "model_type", None)
-        part = config if whole else config.get_text_config()
-        found.append(entry(part) if callable(entry) else entry)
-    return found
+        if entry is not None and model_type not in found:
+            found[model_type] = entry(part) if callable(entry) else entry
+    return list(found.values())
 
 
-def model_types(config: Any) -> list[str]:
-    """The model type of a configuration and of its text part."""
-    if config is None:
-        return []
-    types = [getattr(config, "model_type", None)]
-    if hasattr(config, "get_text_config"):
-        types.append(getattr(config.get_text_config(), "model_type", None))
-    return [t for t in dict.fromkeys(types) if t]
+def _model_type(config: Any) -> str:
+    """That of its class: a configuration that was read has what stood in the file, which
+    may be MLX's name."""
+    own = getattr(type(config), "model_type", None)
+    return own or getattr(config, "model_type", None) or ""
+
+
+def is_text_part(config: Any) -> bool:
+    """Whether mlx-lm has the model of this configuration only as the text of another,
+    in which it lies in `language_model`."""
+    model_type = _model_type(config)
+    if model_type == "llama4_text":  # as a type of its own it has no experts
+        return bool(config.moe_layers)
+    own = ("gemma3_text", "gemma4_text")
+    return model_type.endswith("_text") and model_type not in own
 
 
 # ---- families -------------------------------------------------------------------

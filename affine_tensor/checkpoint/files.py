@@ -649,8 +649,8 @@ def cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     new = value.to(dtype)
     # 8-bit floats lack isfinite, and fit everywhere.
     if value.is_floating_point() and dtype != value.dtype and value.element_size() > 1:
-        lost = new.isinf() & value.isfinite()
-        if bool(lost.any()):
+        lost = new.isinf()
+        if bool(lost.any()) and bool(lost.logical_and_(value.isfinite()).any()):
             worst = float(value[lost].abs().max())
             raise CheckpointError(
                 f"{name} holds {worst:.6g}, which {layout.name_of(dtype)} "

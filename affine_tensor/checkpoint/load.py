@@ -136,8 +136,10 @@ class Planned:
         own = self._cast(value, dtype)
         own = own if own.shape == shape else own.view(shape)
         if parts:
-            # For saving, which would have to quantize again what this is made of.
-            own.affine_parts = parts  # type: ignore[attr-defined]
+            # For saving, which would have to quantize again what this is made of. In the
+            # order of the form, since another packaging has other names.
+            ordered = [parts.get(name) for name in self.form.names()]
+            own.affine_parts = ordered  # type: ignore[attr-defined]
         return own
 
     def _load(

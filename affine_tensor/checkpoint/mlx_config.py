@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .. import layout
-from .families import MLX_TYPES
+from .families import MLX_TYPES, is_text_part
 from .files import CONFIG, read_json
 from .names import is_tower
 
@@ -39,7 +39,7 @@ def mlx_config(
         # Not to_dict: this way also infinite values come out as valid JSON.
         config = json.loads(own.to_json_string(use_diff=False))
         # transformers drops keys that it has no use for and mlx-lm reads.
-        source = read_json(origin / CONFIG) if origin else {}
+        source = _part_of(own, read_json(origin / CONFIG)) if origin else {}
         kept = {k: v for k, v in source.items() if k not in _RESPELLED}
         config = {**kept, **config}
         _add_aliases(own, config)
@@ -56,15 +56,23 @@ def mlx_config(
     for key in ("_name_or_path", "quantization", "quantization_config"):
         config.pop(key, None)
     _spell_as_version_4(config)
+    if is_text_part(own):
+        config = _within_composite(config)
     for part in (config, *_nested(config)):
         part |= _settings_of_mlx(part)
     if any(is_tower(name) for name, _ in model.named_modules()):
         config["model_type"] = own.model_type  # mlx-vlm has transformers' types
-    config = _within_composite(config)
     if formats:
         quantization = _quantization(formats)
         config["quantization"] = config["quantization_config"] = quantization
     return dict(sorted(config.items()))
+
+
+def _part_of(own: Any, source: dict[str, Any]) -> dict[str, Any]:
+    """What of a config.json is about the model of this configuration: the text part of
+    a composite one, where the model is the text's."""
+    text = source.get("text_config")
+    return text if isinstance(text, dict) and own.get_text_config() is own else source
 
 
 def _add_aliases(own: Any, config: dict[str, Any]) -> None:
@@ -77,18 +85,11 @@ def _add_aliases(own: Any, config: dict[str, Any]) -> None:
             _add_aliases(getattr(own, key, None), value)
 
 
-# Text models of composite ones that mlx-lm has as types of their own.
-_TEXT_TYPES = ("gemma3_text", "gemma4_text", "llama4_text")
-
-
 def _within_composite(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of which this one is the text part, if mlx-lm has it only so."""
-    model_type = str(config.get("model_type"))
-    if not model_type.endswith("_text") or model_type in _TEXT_TYPES:
-        return config
+    """The configuration of which this one is the text part."""
     above = ("dtype", "torch_dtype", "tie_word_embeddings", "transformers_version")
     return {
-        "model_type": model_type.removesuffix("_text"),
+        "model_type": config["model_type"].removesuffix("_text"),
         "text_config": config,
         **{key: config[key] for key in above if key in config},
     }

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
 
-from .families import Rule, families_of
+from .families import Rule, families_of, is_text_part
 from .forms import (
     ChannelsLast,
     Form,
@@ -68,6 +68,9 @@ _PREFIXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     ("", ("", "model.", "language_model.model.", "language_model.")),
 )
+
+# What a language model has at its top.
+_OF_TEXT = ("model.", "lm_head.")
 
 # Experts: where the module `experts` of transformers is in MLX, and its projections.
 _EXPERTS = (r"\1.switch_mlp", r"\1.experts.switch_glu", r"\1.switch_glu", r"\1.experts")
@@ -120,6 +123,8 @@ class Names:
         self._sees = any(is_tower(name) for name in modules)
         kinds = ["prefixes"] if self._sees else ["alone", "prefixes"]
         self._prefixes = [p for kind in kinds for f in found for p in getattr(f, kind)]
+        if is_text_part(config):
+            self._prefixes += [(own, f"language_model.{own}") for own in _OF_TEXT]
         self._modules = modules
         self._headless = not any("lm_head" in n.split(".") for n in modules)
         # Where the text model lies; `root` is what a body alone lacks of its prefix.

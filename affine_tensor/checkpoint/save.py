@@ -271,11 +271,14 @@ def _on_meta(value: Tensor) -> Tensor:
 def _parts_of(form: Form, value: Tensor) -> dict[str, AffineQuantizedTensor]:
     """The packed parts that a dense parameter was made of when it was loaded, if it
     still is what they make; they are then written as they were read."""
-    parts = getattr(value, "affine_parts", {})
-    if not parts or not parts.keys() <= set(form.names()):
+    names, ordered = list(form.names()), getattr(value, "affine_parts", [])
+    if len(ordered) != len(names):
         return {}
-    parts = {name: part.to(value.device) for name, part in parts.items()}
+    found = dict(zip(names, ordered, strict=True))
+    parts = {n: part.to(value.device) for n, part in found.items() if part is not None}
     others = form.save(value.detach())
+    if any(part.shape != others[name].shape for name, part in parts.items()):
+        return {}
     whole = form.load(lambda name: parts.get(name, others[name]))
     counted = next(iter(parts.values()))._dtype
     same = torch.equal(whole.to(counted).to(value.dtype).view(value.shape), value)

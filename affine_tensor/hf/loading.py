@@ -70,7 +70,7 @@ def load(
         loading.state = {name: DenseTensor(stored) for name, stored in tensors}
         kwargs["quantization_config"] = quantization_config
     if getattr(config, "dtype", None) is None:
-        config.dtype = _main_dtype(checkpoint)
+        config.dtype = _named_dtype(checkpoint.config) or _main_dtype(checkpoint)
     generation = kwargs.pop("generation_config", None)
     token = current.set(loading)
     try:
@@ -178,6 +178,17 @@ def _has_head(checkpoint: Checkpoint) -> bool:
 def _parts(raw: dict[str, Any]) -> list[dict[str, Any]]:
     """The configurations within a config.json."""
     return [part for part in raw.values() if isinstance(part, dict)]
+
+
+def _named_dtype(raw: dict[str, Any]) -> torch.dtype | None:
+    """The dtype that a config.json names, of which its text part may say nothing."""
+    for part in (raw, raw.get("text_config")):
+        for key in ("dtype", "torch_dtype"):
+            name = part.get(key) if isinstance(part, dict) else None
+            found = getattr(torch, name, None) if isinstance(name, str) else None
+            if isinstance(found, torch.dtype):
+                return found
+    return None
 
 
 def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:

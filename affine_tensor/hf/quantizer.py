@@ -252,9 +252,10 @@ class AffineQuantizer(HfQuantizer):
         if isinstance(whole, AffineQuantizedTensor):
             return nn.Parameter(whole, requires_grad=False)
         whole = whole.to(value.dtype)
-        whole.affine_parts = {  # type: ignore[attr-defined]
-            n: p for n, p in pieces.items() if isinstance(p, AffineQuantizedTensor)
-        }
+        whole.affine_parts = [  # type: ignore[attr-defined]
+            piece if isinstance(piece, AffineQuantizedTensor) else None
+            for piece in map(pieces.__getitem__, form.names())
+        ]
         return as_parameter(whole, requires_grad=True)
 
     # ---- afterwards -----------------------------------------------------------------

@@ -94,7 +94,8 @@ def _load(model_class: Any, source: Any, kwargs: dict[str, Any]) -> Any:
     hub = _hub(kwargs)
     given = as_affine(kwargs.pop("quantization_config", None))
     config = kwargs.pop("config", None)
-    chosen = bool(kwargs.pop("_from_auto", False))
+    kwargs.pop("_from_auto", None)  # which auto classes pass on only sometimes
+    chosen = "adapter_kwargs" in kwargs  # and this always
     adapter = dict(kwargs.pop("adapter_kwargs", None) or {})
     adapter_name = kwargs.pop("adapter_name", "default")
     rest = {k: v for k, v in kwargs.items() if k not in (*_HUB, *_DROPPED)}
