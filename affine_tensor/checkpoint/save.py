@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import uuid
 from collections import Counter
@@ -60,6 +62,11 @@ class SaveReport:
             lines.append("no tokenizer was written: pass tokenizer=")
         return "\n".join(lines)
 
+    def warn(self) -> None:
+        """Log it, if there is anything that the user may not expect."""
+        if self.cast or self.changed or not self.tokenizer:
+            logger.warning("%s", self)
+
 
 @dataclass(frozen=True)
 class _Entry:
@@ -100,17 +107,88 @@ def save_checkpoint(
     """
     folder = Path(folder).expanduser()
     _check_free(folder, overwrite)
+
+    def write(folder: Path, report: SaveReport) -> None:
+        _write(
+            model,
+            folder,
+            report,
+            dtype=dtype,
+            unsupported=unsupported,
+            tokenizer=tokenizer,
+            max_shard_bytes=max_shard_bytes,
+            progress=progress,
+        )
+
     report = SaveReport(folder)
+    with _beside(folder) as beside:
+        write(beside, report)
+    report.warn()
+    return report
+
+
+def merge_checkpoint(model: nn.Module, folder: Path, **options: Any) -> SaveReport:
+    """As `save_checkpoint`, into a folder that may hold other files, which stay.
+
+    Of an older checkpoint there the weights go, when the new ones stand. The files are
+    written within the folder, which may be another disk than the one above it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; a folder is written")
+    report = SaveReport(folder)
+    made = not folder.exists()
+    inside = folder / f".{uuid.uuid4().hex[:8]}"
+    inside.mkdir(parents=True)
+    try:
+        _write(model, inside, report, **options)
+        _merge(inside, folder)
+    except BaseException:
+        shutil.rmtree(inside, ignore_errors=True)
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+    inside.rmdir()
+    report.warn()
+    return report
+
+
+def _merge(new: Path, folder: Path) -> None:
+    """Move the new files over those of their names, and remove weights of an older save:
+    what its index names, and what is called as transformers and mlx-lm call shards."""
+    old = {path.name for path in folder.iterdir() if _WEIGHTS.fullmatch(path.name)}
+    files = {path.name for path in new.iterdir()}
+    for path in sorted(new.iterdir()):
+        if path.name == "README.md" and (folder / path.name).exists():
+            path.unlink()  # somebody's own words stand there
+        else:
+            os.replace(path, folder / path.name)
+    for name in old - files:
+        (folder / name).unlink()
+
+
+_WEIGHTS = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+)
+
+
+def _write(
+    model: nn.Module,
+    folder: Path,
+    report: SaveReport,
+    *,
+    dtype: torch.dtype | str | None = None,
+    unsupported: Unsupported = "error",
+    tokenizer: Any = None,
+    max_shard_bytes: int,
+    progress: bool = True,
+) -> None:
+    """Write all of a checkpoint into an empty folder."""
     scales = _scale_dtype(model, dtype)
     entries = _entries(model, scales, unsupported, report)
     counts_as = (_packed(model) and scales) or _model_dtype(model)
-    with _beside(folder) as beside:
-        writer = ShardWriter(beside, max_shard_bytes)
-        _write_entries(writer, entries, progress)
-        _finish(model, beside, writer, report, counts_as, tokenizer)
-    if report.cast or report.changed or not report.tokenizer:
-        logger.warning("%s", report)
-    return report
+    writer = ShardWriter(folder, max_shard_bytes)
+    _write_entries(writer, entries, progress)
+    _finish(model, folder, writer, report, counts_as, tokenizer)
 
 
 def _check_free(folder: Path, overwrite: bool) -> None:
@@ -428,9 +506,17 @@ class ShardWriter:
         self._files: list[list[str]] = []  # the names of the tensors in each
         self._shard: dict[str, Tensor] = {}
         self._size = 0
+        self._names: set[str] = set()
 
     def add(self, tensors: dict[str, Tensor]) -> None:
         """Add the tensors of one weight, which stay together."""
+        twice = self._names & tensors.keys()
+        if twice:
+            raise ValueError(
+                f"two parameters of the model would be stored as {', '.join(sorted(twice))}"
+                ": MLX has one name for both. Rename one of their modules"
+            )
+        self._names |= tensors.keys()
         size = sum(tensor.nbytes for tensor in tensors.values())
         if self._shard and self._size + size > self.limit:
             self._flush()
@@ -510,16 +596,17 @@ def save_into(
     with _beside(folder) as beside:
         writer = ShardWriter(beside, max_shard_bytes)
         model = make(Writing(writer, report))
+        names, dtype = Names(model), _storable(_model_dtype(model))
         for name, value in _values(model):
-            if not value.is_meta:
-                form = next(Names(model).forms(name, value.shape))
-                dtype = _storable(_model_dtype(model))
+            if names.is_absent(name):
+                report.changed[name] = "left out: MLX has no place for it"
+            elif not value.is_meta:
+                form = next(names.forms(name, value.shape))
                 own = dtype if _counts_as(value, form, dtype) else None
                 for piece in _pieces(form, value):
                     writer.add(_dense_entry(piece, own, report).make())
         _finish(model, beside, writer, report, _model_dtype(model), None)
-    if not report.tokenizer:
-        logger.warning("%s", report)
+    report.warn()
     return report
 
 

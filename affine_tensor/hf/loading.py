@@ -18,13 +18,12 @@ from transformers.utils.hub import extract_commit_hash
 
 from .. import layout
 from ..checkpoint import mlx
-from ..checkpoint.files import CONFIG, Checkpoint
+from ..checkpoint.files import CONFIG, Checkpoint, CheckpointError
 from ..checkpoint.load import LoadReport
 from ..checkpoint.names import is_tower
 from ..tensor import logger
 from .config import METHOD, AffineQuantizationConfig
 from .quantizer import DenseTensor, Loading, current
-from .saving import install as _install_saving
 
 # The stock one, whatever `register` puts in its place.
 _stock_from_pretrained = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
@@ -66,27 +65,49 @@ def load(
         _untie(config, checkpoint)
         _set_quantization(config, checkpoint, quantization_config)
     else:
+        if quantization_config is not None and quantization_config.dequantize:
+            raise ValueError(
+                f"{folder} is dense: there is nothing to dequantize. Load it without a "
+                "quantization_config"
+            )
         tensors = checkpoint.tensors.items()
         loading.state = {name: DenseTensor(stored) for name, stored in tensors}
         kwargs["quantization_config"] = quantization_config
     if getattr(config, "dtype", None) is None:
         config.dtype = _named_dtype(checkpoint.config) or _main_dtype(checkpoint)
     generation = kwargs.pop("generation_config", None)
+    with_info = kwargs.pop("output_loading_info", False)
     token = current.set(loading)
     try:
         with _one_at_a_time:
-            result = _stock_from_pretrained(
-                model_class, None, config=config, state_dict=loading.state, **kwargs
+            model, info = _stock_from_pretrained(
+                model_class,
+                None,
+                config=config,
+                state_dict=loading.state,
+                output_loading_info=True,
+                **kwargs,
             )
     finally:
         current.reset(token)
-    model = result[0] if isinstance(result, tuple) else result
+    _check_loaded(folder, info)
     model.name_or_path = model.config.name_or_path = str(source)
     # Of a repository, the revision too: save_checkpoint takes the tokenizer from there.
     model.config._commit_hash = extract_commit_hash(str(folder / CONFIG), None)
     _set_generation(model, folder, generation)
-    _install_saving()
-    return result
+    return (model, info) if with_info else model
+
+
+def _check_loaded(folder: Path, info: dict[str, Any]) -> None:
+    """Raise CheckpointError for what transformers only prints, and makes up."""
+    kinds = ("missing_keys", "mismatched_keys", "conversion_errors", "error_msgs")
+    lines = [f"  {kind}: {info[kind]}" for kind in kinds if info.get(kind)]
+    if lines:
+        raise CheckpointError(
+            f"{folder} does not fill the model:\n"
+            + "\n".join(lines)
+            + "\nPass the class of models that the checkpoint is of (model_class)"
+        )
 
 
 # What transformers takes, and would have no effect here, or a wrong one.

@@ -26,7 +26,7 @@ from ..checkpoint.files import (
 )
 from ..checkpoint.load import why_not_mlx
 from . import loading
-from .register import as_affine
+from .register import as_affine, has_adapter
 
 
 def from_pretrained(
@@ -85,6 +85,12 @@ def from_pretrained(
         raise TypeError(
             f"{', '.join(unknown)}: neither an argument of from_pretrained nor a setting "
             f"of {type(config).__name__}"
+        )
+    if has_adapter(folder):
+        raise ValueError(
+            f"{folder} has an adapter beside the weights (adapter_config.json). Call "
+            "affine_tensor.register() and transformers' from_pretrained, which loads both, "
+            "or remove that file"
         )
     own_class, config = _class_of(model_class, config)
     return loading.load(

@@ -12,11 +12,10 @@ from transformers.utils.quantization_config import MetalConfig
 
 from ..checkpoint import mlx
 from ..checkpoint.families import TRANSFORMERS_TYPES
-from ..checkpoint.files import fetch, open_checkpoint, probe
+from ..checkpoint.files import fetch, open_checkpoint, probe, read_json
 from ..tensor import logger
 from . import loading
 from .config import AffineQuantizationConfig
-from .saving import install as _install_saving
 
 _HUB = ("revision", "cache_dir", "token", "local_files_only")
 
@@ -31,10 +30,9 @@ def register() -> None:
     with packed weights writes an MLX checkpoint. Calling it again changes nothing. If
     transformers itself reads MLX's format one day, its own way is left in place.
     """
-    _install_saving()
     if getattr(PreTrainedModel.from_pretrained, "_affine_tensor", False):
         return
-    stock = loading._stock_from_pretrained
+    stock: Any = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
     for model_type, own in TRANSFORMERS_TYPES.items():
         if model_type not in CONFIG_MAPPING and own in CONFIG_MAPPING:
             CONFIG_MAPPING.register(model_type, CONFIG_MAPPING[own])
@@ -98,6 +96,12 @@ def _load(model_class: Any, source: Any, kwargs: dict[str, Any]) -> Any:
     chosen = "adapter_kwargs" in kwargs  # and this always
     adapter = dict(kwargs.pop("adapter_kwargs", None) or {})
     adapter_name = kwargs.pop("adapter_name", "default")
+    for name, refused in _REFUSED.items():
+        if kwargs.get(name):
+            raise ValueError(f"{name} is not taken with packed weights: {refused}")
+    if kwargs.get("use_safetensors") is False:
+        raise ValueError("use_safetensors=False: only safetensors is read")
+    dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or "auto"
     rest = {k: v for k, v in kwargs.items() if k not in (*_HUB, *_DROPPED)}
     checkpoint = open_checkpoint(fetch(source, **hub))
     if config is None or isinstance(config, (str, Path)):
@@ -111,10 +115,13 @@ def _load(model_class: Any, source: Any, kwargs: dict[str, Any]) -> Any:
         config,
         quantization_config=given,
         chosen=chosen,
+        dtype=dtype,
         **rest,
     )
-    # The repository was an adapter's, and this its base.
+    # The repository was an adapter's, and this its base; or it has one beside.
     path = adapter.pop("_adapter_model_path", None)
+    if path is None and has_adapter(checkpoint.folder):
+        path = str(checkpoint.folder)
     if path is not None:
         model = result[0] if isinstance(result, tuple) else result
         model.load_adapter(path, adapter_name=adapter_name, adapter_kwargs=adapter)
@@ -127,8 +134,19 @@ _DROPPED = (
     "code_revision",
     "force_download",
     "proxies",
+    "state_dict",
+    "torch_dtype",
     "use_safetensors",
 )
+_FETCH_FIRST = (
+    "fetch the files with huggingface_hub.snapshot_download, and pass the folder"
+)
+_REFUSED = {"force_download": _FETCH_FIRST, "proxies": _FETCH_FIRST}
+
+
+def has_adapter(folder: Path) -> bool:
+    """Whether an adapter of PEFT lies beside the model's own weights."""
+    return "peft_type" in read_json(folder / "adapter_config.json")
 
 
 def as_affine(given: Any) -> AffineQuantizationConfig | None:

@@ -5,37 +5,52 @@ from __future__ import annotations
 import functools
 import os
 import re
-import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..checkpoint.companions import has_tokenizer
-from ..checkpoint.save import Unsupported, save_checkpoint
+from ..checkpoint.companions import has_tokenizer, origin_of
+from ..checkpoint.save import Unsupported, merge_checkpoint
 from ..tensor import AffineQuantizedTensor
+from .config import METHOD
 
-_stock_save_pretrained = PreTrainedModel.save_pretrained
-_WEIGHTS = re.compile(r"model.*\.(safetensors|safetensors\.index\.json)")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def install() -> None:
     """Let `save_pretrained` of all models pass by here; others than ours go on as ever."""
-    if PreTrainedModel.save_pretrained is not _save_pretrained:
-        PreTrainedModel.save_pretrained = _save_pretrained  # type: ignore[method-assign]
+    stock: Any = PreTrainedModel.save_pretrained
+    if getattr(stock, "_affine_tensor", False):
+        return
+
+    @functools.wraps(stock)
+    def save_pretrained(
+        self: Any, save_directory: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        parameters = list(self.parameters())
+        if getattr(self, "_hf_peft_config_loaded", False):
+            return stock(self, save_directory, *args, **kwargs)  # the adapter alone
+        if not any(isinstance(p, AffineQuantizedTensor) for p in parameters):
+            _forget_quantization(self)
+            return stock(self, save_directory, *args, **kwargs)
+        if args:
+            raise TypeError("save_pretrained takes keywords only for a packed model")
+        return _save_packed(self, Path(save_directory).expanduser(), **kwargs)
+
+    save_pretrained._affine_tensor = True  # type: ignore[attr-defined]
+    PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
 
 
-@functools.wraps(_stock_save_pretrained)
-def _save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-    packed = any(isinstance(p, AffineQuantizedTensor) for p in self.parameters())
-    if not packed or getattr(self, "_hf_peft_config_loaded", False):
-        return _stock_save_pretrained(self, save_directory, *args, **kwargs)
-    if args:
-        raise TypeError("save_pretrained takes keywords only for a packed model")
-    return _save_packed(self, Path(save_directory).expanduser(), **kwargs)
+def _forget_quantization(model: Any) -> None:
+    """Of a model that was made dense, what would have its file read as a packed one."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    method = getattr(
+        getattr(quantizer, "quantization_config", None), "quant_method", ""
+    )
+    if quantizer is not None and method == METHOD:
+        quantizer.remove_quantization_config(model)
 
 
 def _save_packed(
@@ -51,62 +66,60 @@ def _save_packed(
     save_peft_format: bool = True,
     save_original_format: bool = True,
     distributed_checkpoint: bool = False,
+    dtype: Any = None,
+    tokenizer: Any = None,
     unsupported: Unsupported = "error",
     **kwargs: Any,
 ) -> None:
-    """The arguments are those of transformers, and `unsupported` of `save_checkpoint`;
-    the folder may hold other files."""
-    for name, value in (("state_dict", state_dict), ("variant", variant)):
+    """The arguments are those of transformers, and `dtype`, `tokenizer` and `unsupported`
+    of `save_checkpoint`; the folder may hold other files."""
+    refused = {"state_dict": state_dict, "variant": variant}
+    refused["distributed_checkpoint"] = distributed_checkpoint or None
+    refused["save_original_format"] = None if save_original_format else False
+    if not push_to_hub:
+        refused |= kwargs
+    for name, value in refused.items():
         if value is not None:
             raise ValueError(
-                f"{name} is not taken for a model with packed weights: an MLX "
+                f"{name}={value!r} is not taken for a model with packed weights: an MLX "
                 "checkpoint is written from the model itself"
             )
-    if distributed_checkpoint:
-        raise ValueError(
-            "a model with packed weights is not saved as a distributed one"
-        )
+    _check_whole(model)
     if not is_main_process:
         return
-    if folder.is_file():
-        raise FileExistsError(f"{folder} is a file; a folder is written")
     created, before = None, {}
     if push_to_hub:
         created = _create_repo(model, folder, token, kwargs)
         if folder.exists():
             before = model._get_files_timestamps(os.fspath(folder))
-    place = folder.resolve()
-    beside = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        own = folder if folder.is_dir() and has_tokenizer(folder) else None
-        limit = _bytes(max_shard_size)
-        save_checkpoint(
-            model,
-            beside,
-            tokenizer=own,
-            max_shard_bytes=limit,
-            unsupported=unsupported,
-        )
-        _merge(beside, place)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    own = folder if folder.is_dir() and has_tokenizer(folder) else None
+    merge_checkpoint(
+        model,
+        folder,
+        dtype=dtype,
+        unsupported=unsupported,
+        tokenizer=tokenizer or own or origin_of(model),
+        max_shard_bytes=_bytes(max_shard_size),
+    )
     if created is not None:
         model._upload_modified_files(
-            os.fspath(place), files_timestamps=before, token=token, **created
+            os.fspath(folder), files_timestamps=before, token=token, **created
         )
 
 
-def _merge(new: Path, folder: Path) -> None:
-    """Move the new files over; weights and index of an older save go."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {path.name for path in new.iterdir()}
-    for path in folder.iterdir():
-        if _WEIGHTS.fullmatch(path.name) and path.name not in files:
-            path.unlink()
-    for path in sorted(new.iterdir()):
-        if path.name == "README.md" and (folder / path.name).exists():
-            continue  # somebody's own words
-        os.replace(path, folder / path.name)
+def _check_whole(model: Any) -> None:
+    """Raise ValueError for a model that is not all here, or not it alone."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"{name} is offloaded (on the meta device); load the model with "
+                "device_map='cpu' to save it"
+            )
+        if ".base_layer." in name:
+            raise ValueError(
+                f"{name} has an adapter beside it. Save the adapter through the PEFT model, "
+                "or take it out first (unload), to save the base"
+            )
 
 
 def _create_repo(model: Any, folder: Path, token: Any, kwargs: dict[str, Any]) -> Any:
