@@ -242,6 +242,8 @@ def dequantize_(
         if isinstance(slot.parameter, AffineQuantizedTensor):
             dense = slot.parameter.dequantize(dtype).contiguous()
             slot.put(nn.Parameter(dense, requires_grad=False))
+        elif hasattr(slot.parameter, "affine_parts"):
+            del slot.parameter.affine_parts  # what it was made of when it was loaded
 
 
 @dataclass(frozen=True)

@@ -73,15 +73,27 @@ class Family:
 
 
 def families_of(config: Any) -> list[Family]:
-    """The families of a model with this configuration, most special first."""
+    """The families of a model with this configuration, most special first.
+
+    None for a configuration that is not one of transformers.
+    """
+    if not hasattr(config, "get_text_config"):
+        return []
     found: dict[str, Family] = {}
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for part in (config, text):
+    for part in (config, _text_part(config)):
         model_type = _model_type(part)
         entry = FAMILIES.get(model_type)
         if entry is not None and model_type not in found:
             found[model_type] = entry(part) if callable(entry) else entry
     return list(found.values())
+
+
+def _text_part(config: Any) -> Any:
+    """The configuration of the text, or the whole one where there is none, or several."""
+    try:
+        return config.get_text_config()
+    except (AttributeError, ValueError):
+        return config
 
 
 def _model_type(config: Any) -> str:

@@ -28,9 +28,10 @@ from .files import (
     move,
     open_checkpoint,
 )
-from .forms import Form, Stored, keeps_experts_apart
+from .forms import ChannelsLast, Form, Part, Stored, keeps_experts_apart
 from .names import Names
 
+_noting = threading.Lock()
 _READERS = min(4, os.cpu_count() or 1)  # threads
 
 
@@ -47,7 +48,11 @@ class LoadReport:
     dense_bytes: int = 0
 
     def note(self, item: Planned, value: Tensor) -> None:
-        """Enter what a parameter became."""
+        """Enter what a parameter became; from several threads."""
+        with _noting:
+            self._note(item, value)
+
+    def _note(self, item: Planned, value: Tensor) -> None:
         name = item.target.name
         if isinstance(value, AffineQuantizedTensor):
             self.packed[name] = (value.bits, value.group_size)
@@ -389,7 +394,51 @@ def _find(
         if name not in found:
             looked = [n for n in best if n != name]
             missing[name] = f" ({', '.join(looked[:3])})" if looked else ""
+    _settle_convolutions(names, found)
+    for name in _taken_twice(found):
+        missing[name] = " (what could be it is another parameter's)"
+        del found[name]
     return found, missing
+
+
+def _settle_convolutions(names: Names, found: dict[str, _Found]) -> None:
+    """Where a kernel could be channels-last or not, by those of the file that tell.
+
+    Both orders have one shape where a kernel is as wide as it has channels.
+    """
+    clear: set[bool] = set()
+    open_: dict[str, Form] = {}
+    for name, (target, form, shapes) in found.items():
+        if not isinstance(form, ChannelsLast):
+            if target.parameter.dim() > 2 and isinstance(form, Stored):
+                clear.add(False)
+        elif next(iter(shapes.values())) != tuple(target.parameter.shape):
+            clear.add(True)
+        else:
+            forms = names.forms(name, target.parameter.shape)
+            others = [other for other in forms if isinstance(other, Stored)]
+            if others:
+                open_[name] = others[0]
+    if clear == {False}:
+        for name, form in open_.items():
+            target, _, shapes = found[name]
+            found[name] = (target, form, shapes)
+
+
+def _taken_twice(found: dict[str, _Found]) -> list[str]:
+    """Parameters for which a whole tensor was found that is another's already: by its own
+    name, or the first that asked."""
+    owner: dict[str, str] = {}
+    exact = [name for name, (_, _, shapes) in found.items() if name in shapes]
+    lost = []
+    for name in dict.fromkeys([*exact, *found]):
+        target, form, shapes = found[name]
+        if any(isinstance(one, Part) for one in form.forms()):
+            continue
+        others = {owner.setdefault(stored, name) for stored in shapes}
+        if any(found[other][0].parameter is not target.parameter for other in others):
+            lost.append(name)
+    return lost
 
 
 def _fits(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> bool:

@@ -43,6 +43,7 @@ def mlx_config(
         kept = {k: v for k, v in source.items() if k not in _RESPELLED}
         config = {**kept, **config}
         _add_aliases(own, config)
+        config["architectures"] = [type(model).__name__]
         # The model may have been cast, tied or untied since its configuration was made.
         name = layout.name_of(dtype)
         for part in (config, *_nested(config)):
@@ -56,11 +57,12 @@ def mlx_config(
     for key in ("_name_or_path", "quantization", "quantization_config"):
         config.pop(key, None)
     _spell_as_version_4(config)
-    if is_text_part(own):
+    if own is not None and is_text_part(own):
         config = _within_composite(config)
     for part in (config, *_nested(config)):
         part |= _settings_of_mlx(part)
-    if any(is_tower(name) for name, _ in model.named_modules()):
+    sees = any(is_tower(name) for name, _ in model.named_modules())
+    if sees and hasattr(own, "model_type"):
         config["model_type"] = own.model_type  # mlx-vlm has transformers' types
     if formats:
         quantization = _quantization(formats)

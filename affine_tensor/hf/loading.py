@@ -13,7 +13,11 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.utils.hub import extract_commit_hash
 
 from .. import layout
@@ -110,6 +114,17 @@ def _check_loaded(folder: Path, info: dict[str, Any]) -> None:
         )
 
 
+# The classes that AutoModelForCausalLM and AutoModelForImageTextToText may choose.
+_GENERATORS = {
+    name
+    for names in (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+    for one in names.values()
+    for name in ([one] if isinstance(one, str) else one)
+}
+
 # What transformers takes, and would have no effect here, or a wrong one.
 _REFUSED = {
     "key_mapping": "names are found by affine_tensor's own rules; rename the tensors in "
@@ -164,6 +179,8 @@ def _without_towers(
         return model_class, config
     text = config.get_text_config()
     text_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
+    # Not for an auto class of bodies, or of classifiers.
+    chosen = chosen and model_class.__name__ in _GENERATORS
     if not chosen or text is config or text_class in (None, model_class):
         loading.seeing = False
         logger.warning(

@@ -80,6 +80,8 @@ class _PlannedTensor(Lazy):
         value = self.item.read(self.dtype, torch.device(device or "cpu"))
         if self.dense and isinstance(value, AffineQuantizedTensor):
             value = value.dequantize(self.dtype).contiguous()
+        elif self.dense and hasattr(value, "affine_parts"):
+            del value.affine_parts
         self.report.note(self.item, value)
         if isinstance(value, AffineQuantizedTensor):
             return nn.Parameter(value, requires_grad=False)
@@ -264,7 +266,8 @@ class AffineQuantizer(HfQuantizer):
         loading, self._loading, self._names = self._loading, None, None
         if loading is not None and loading.plan is not None:
             check_repeated(loading.plan)
-            logger.info("%s", loading.report)
+            report = loading.report
+            (logger.warning if report.notes else logger.info)("%s", report)
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:

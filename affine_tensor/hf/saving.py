@@ -117,8 +117,8 @@ def _check_whole(model: Any) -> None:
             )
         if ".base_layer." in name:
             raise ValueError(
-                f"{name} has an adapter beside it. Save the adapter through the PEFT model, "
-                "or take it out first (unload), to save the base"
+                f"{name} has an adapter beside it. Save the adapter through the PEFT "
+                "model, or take it out first (unload), to save the base"
             )
 
 
