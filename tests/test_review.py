@@ -248,3 +248,42 @@ def test_quantized_in_place_and_saved_by_transformers(
 def test_bodies_stay_bodies(folder: Path) -> None:
     body = from_pretrained(folder, model_class=AutoModel)
     assert type(body).__name__ == "LlamaModel"
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_next", "mixtral", "llama"])
+def test_files_of_metal_config_have_transformers_own_values(
+    model_type: str, tmp_path: Path
+) -> None:
+    """Norms without the one that MLX adds, names of the Hub, torch's convolutions."""
+    import cases_experts
+    import cases_recurrent
+
+    cases = [LLAMA, *cases_recurrent.CASES, *cases_experts.CASES]
+    case = next(case for case in cases if case.model_type == model_type)
+    tmp_path = tmp_path / "metal"
+    _write_dense_checkpoint(case, tmp_path)
+    twin = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name, module in twin.named_modules():
+        stored = f"{name}.weight"
+        if isinstance(module, nn.Linear) and stored in tensors and "lm_head" not in name:
+            packed = AffineQuantizedTensor.from_dense(tensors[stored], 4, 32)
+            tensors[stored] = packed.packed
+            tensors[f"{name}.scales"] = packed.scales
+            tensors[f"{name}.qbiases"] = packed.biases
+            with torch.no_grad():
+                module.weight.copy_(packed.dequantize())
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "metal",
+        "bits": 4,
+        "group_size": 32,
+        "modules_to_not_convert": None,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = from_pretrained(tmp_path)
+    assert sum(isinstance(p, AffineQuantizedTensor) for p in model.parameters()) > 4
+    with torch.no_grad():
+        got, want = model(IDS).logits.double(), twin(IDS).logits.double()
+    assert (got - want).norm() / want.norm() < 1e-5

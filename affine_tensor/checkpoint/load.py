@@ -29,6 +29,7 @@ from .files import (
     open_checkpoint,
 )
 from .forms import ChannelsLast, Form, Part, Stored, keeps_experts_apart
+from .hub_names import HubNames
 from .names import Names
 
 _noting = threading.Lock()
@@ -314,6 +315,8 @@ def make_plan(model: nn.Module, checkpoint: Checkpoint) -> Plan:
     if problems:
         raise _error(checkpoint, {"settings that are not understood": problems})
     names = Names(model)
+    if mlx.in_other_layout(checkpoint.config):
+        names = HubNames(model, mlx.weight_names(checkpoint))
     targets, others = _targets(model)
     found, missing = _find(names, targets, checkpoint)
     columns: dict[str, int] = {}

@@ -195,6 +195,22 @@ def recognizes(checkpoint: Checkpoint) -> bool:
     return bool(_stems(checkpoint))
 
 
+def in_other_layout(config: dict[str, Any]) -> bool:
+    """Whether names and values are transformers' own, of which only the weights are
+    packed: in what its MetalConfig wrote."""
+    return any(s.get("quant_method") == "metal" for s in settings(config)[:1])
+
+
+def weight_names(checkpoint: Checkpoint) -> list[str]:
+    """The stored tensors without the scales and biases of packed weights."""
+    parts = {
+        f"{stem}{part}"
+        for stem in _stems(checkpoint)
+        for part in ("scales", "biases", "qbiases")
+    }
+    return [name for name in checkpoint.tensors if name not in parts]
+
+
 def recognizes_config(config: dict[str, Any]) -> bool:
     """Whether a config.json alone says that its checkpoint is in MLX format."""
     found = settings(config)[:1]

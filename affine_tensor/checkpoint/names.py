@@ -105,12 +105,17 @@ _HEAD = re.compile(r"(language_model\.|model\.)*lm_head\.")
 
 
 class Names:
-    """Where each parameter and buffer of one model lies in MLX checkpoints."""
+    """Where each parameter and buffer of one model lies in MLX checkpoints.
 
-    def __init__(self, model: nn.Module) -> None:
+    Without `mlx`: in those that quantize another library's layout, so that nothing of
+    the families counts, and convolutions are torch's.
+    """
+
+    def __init__(self, model: nn.Module, mlx: bool = True) -> None:
+        self._mlx = mlx
         self.model = model
         config = getattr(model, "config", None)
-        found = families_of(config)
+        found = families_of(config) if mlx else []
         self._renames = [pair for family in found for pair in family.renames]
         self._rules = [rule for family in found for rule in family.rules]
         self._experts = [family.experts for family in found if family.experts]
@@ -145,7 +150,7 @@ class Names:
                 if match:
                     yield _expanded(rule.form, match, shape)
             told = any(re.search(pattern, renamed) for pattern in self._told_by)
-            yield from _own_forms(name, renamed, module, told)
+            yield from _own_forms(name, renamed, module, self._mlx, told)
 
     def _expert_rules(self, name: str, module: nn.Module | None) -> Iterator[Rule]:
         return _expert_rules(name, module, (*self._experts, *_EXPERTS))
@@ -181,13 +186,17 @@ class Names:
 
 
 def _own_forms(
-    name: str, stored: str, module: nn.Module | None, in_mlx_layout: bool
+    name: str, stored: str, module: nn.Module | None, mlx: bool, told: bool
 ) -> Iterator[Form]:
-    """Alone under its name, as the kind of its module has it."""
+    """Alone under its name, as the kind of its module has it; only MLX's way if `told`,
+    and torch's without `mlx`."""
+    if not mlx:
+        yield Stored(stored)
+        return
     own = name.rpartition(".")[2]
     if own == "weight" and isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         yield ChannelsLast(stored)
-        if in_mlx_layout:
+        if told:
             return
     if own == "weight" and type(module).__name__ == "Conv1D":  # transformers' own
         yield Transposed(stored)
