@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,12 @@ from torch import Tensor
 
 from .. import layout
 
-# Words transposed and codes unpacked at a time: so that they stay in the cache.
-_SLICE = 1 << 17
+# Words worked on at a time. Measured on 2 cores: they stay in the cache, and so few do
+# not wake torch's threads, which cost more than they save (readers are threads already).
+_SLICE = 1 << 15
+
+# Codes unpacked at a time, as in `layout`: the working memory is a few MB.
+_CODES = 1 << 19
 
 
 def held_bits(bits: int) -> int:
@@ -32,15 +37,9 @@ def transpose_nibbles(words: Tensor) -> Tensor:
     step = max(1, _SLICE // columns)
     for start in range(0, across, step):
         part = slice(start, start + step)
-        square = words[:, part].clone(memory_format=torch.contiguous_format)
-        for apart, mask in ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F)):
-            pairs = square.view(-1, 2, apart, square.shape[-1])
-            above, below = pairs[:, 0], pairs[:, 1]
-            # The shift copies the sign bit, and the mask drops the copies.
-            swap = (above >> 4 * apart).bitwise_xor_(below).bitwise_and_(mask)
-            below.bitwise_xor_(swap)
-            above.bitwise_xor_(swap.bitwise_left_shift_(4 * apart))
-        rows[part] = square.view(-1, 2, 4, square.shape[-1]).permute(3, 2, 1, 0)
+        square = words[:, part].unflatten(0, (-1, 8)).transpose(0, 1).contiguous()
+        _exchange(square, ((4, 4, 0x0000FFFF), (2, 4, 0x00FF00FF), (1, 4, 0x0F0F0F0F)))
+        rows[part] = square.unflatten(0, (2, 4)).permute(3, 1, 0, 2)
     return packed
 
 
@@ -48,13 +47,14 @@ def transpose_stream(words: Tensor, rows: int, bits: int, shuffled: bool) -> Ten
     """gemm's int32 ``[K, ceil(N * bits / 32)]`` to int32 ``[N, K * held / 32]``."""
     columns, held = len(words), held_bits(bits)
     packed = words.new_empty(rows, columns * held // 32)
-    step = 32 * max(1, _SLICE // (4 * columns))  # 32 codes end with a word
+    step = 32 * max(1, _CODES // (32 * columns))  # 32 codes end with a word
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         part = words[:, start * bits // 32 : math.ceil(stop * bits / 32)]
         codes = unpack(part, bits)[:, : stop - start]
         codes = unshuffle(codes) if shuffled else codes
-        own = layout.pack(codes.t().contiguous(), bits=held)
+        own = codes.t().contiguous()
+        own = own if held == 8 else layout.pack(own, bits=held)
         packed[start:stop] = own.view(torch.int32)
     return packed
 
@@ -85,16 +85,30 @@ def from_gemv_fast(words: Tensor) -> Tensor:
     """
     fours, columns = words.shape
     packed = torch.empty(4 * fours, columns // 8, dtype=torch.int32)
-    rows = packed.view(torch.uint8).view(fours, 4, columns // 64, 2, 4, 4)
-    step = max(1, _SLICE // columns)
+    rows = packed.view(fours, 4, columns // 64, 2, 4)
+    step = max(1, 2 * _SLICE // columns)
     for start in range(0, fours, step):
         part = slice(start, start + step)
-        own = words[part].contiguous().view(torch.int32)
-        # Nibbles 0 1 2 3 4 5 6 7 to 0 4 1 5 2 6 3 7: byte a has those of b and its c.
+        own = words[part].view(torch.int32).view(-1, columns // 64, 4, 2, 4)
+        own = own.permute(4, 0, 2, 1, 3).contiguous()  # [b, N / 4, row, K / 64, K / 32]
+        # Nibbles 0 to 7 to 0 4 1 5 2 6 3 7, so that byte a of word b has those of a and b.
         for apart, mask in ((8, 0x0000FF00), (4, 0x00F000F0)):
             swap = (own >> apart).bitwise_xor_(own).bitwise_and_(mask)
-            own = own ^ swap ^ (swap << apart)
-        # [.., 64 columns, row, 32 columns, b, a]
-        bytes_of = own.view(torch.uint8).view(-1, columns // 64, 4, 2, 4, 4)
-        rows[part] = bytes_of.permute(0, 2, 1, 3, 5, 4)
+            own.bitwise_xor_(swap)
+            own.bitwise_xor_(swap.bitwise_left_shift_(apart))
+        _exchange(own, ((2, 8, 0x0000FFFF), (1, 8, 0x00FF00FF)))
+        rows[part] = own.permute(1, 2, 3, 4, 0)
     return packed
+
+
+def _exchange(words: Tensor, steps: Iterable[tuple[int, int, int]]) -> None:
+    """Transpose squares of bits that lie in the words along the first dimension, by
+    steps: how many words apart a pair is, the width of an element, and the mask of what
+    the lower word gives for what the upper has shifted up."""
+    for apart, width, mask in steps:
+        pairs = words.view(-1, 2, apart, words[0].numel())
+        above, below = pairs[:, 0], pairs[:, 1]
+        # The shift copies the sign bit, and the mask drops the copies.
+        swap = (above >> apart * width).bitwise_xor_(below).bitwise_and_(mask)
+        below.bitwise_xor_(swap)
+        above.bitwise_xor_(swap.bitwise_left_shift_(apart * width))

@@ -46,7 +46,8 @@ def convert(
 
     `source` is a folder or Hub repository, `folder` where to write; what `mlx_lm.load`
     reads stands there afterwards. What is quantized has the codes, scales and biases of
-    mlx-lm's own conversion; routers, of which it quantizes some to 8 bits, stay dense. Weights are read, quantized and written one by one: at most a shard
+    mlx-lm's own conversion; routers, of which it quantizes some to 8 bits, stay dense.
+    Weights are read, quantized and written one by one: at most a shard
     (`max_shard_bytes`) and one weight are in memory. `dtype` is that of scales, biases
     and dense tensors ("auto": the source's). Further options are those of
     `from_pretrained`. Returns what was written.
