@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cases_experts
+import cases_latent
 import pytest
 import torch
 from architectures import (
@@ -113,6 +115,21 @@ def test_the_plain_call_just_works(
     assert not any(parameter.is_meta for parameter in model.parameters())
     assert model.config._name_or_path == str(tmp_path / "mlx")
     assert not model.training
+
+
+@pytest.mark.parametrize("name", ["kimi_k2", "joyai_llm_flash", "youtu_llm", "hunyuan"])
+def test_model_types_that_only_mlx_calls_so(
+    name: str, tmp_path: Path, registered: None
+) -> None:
+    cases = (*cases_latent.CASES, *cases_experts.CASES)
+    case = next(case for case in cases if case.mlx_type == name)
+    write_mlx_checkpoint(case, tmp_path)
+    want = mlx_logits(tmp_path, IDS)
+    for load in (AutoModelForCausalLM.from_pretrained, affine_tensor.from_pretrained):
+        model = load(tmp_path, dtype=torch.float32)
+        assert model.config.model_type == case.model_type
+        with torch.no_grad():
+            assert close(model(IDS, use_cache=False).logits, want)
 
 
 def test_without_register_transformers_refuses(folder: Path) -> None:

@@ -266,7 +266,11 @@ def test_files_of_metal_config_have_transformers_own_values(
     tensors = load_file(tmp_path / "model.safetensors")
     for name, module in twin.named_modules():
         stored = f"{name}.weight"
-        if isinstance(module, nn.Linear) and stored in tensors and "lm_head" not in name:
+        if (
+            isinstance(module, nn.Linear)
+            and stored in tensors
+            and "lm_head" not in name
+        ):
             packed = AffineQuantizedTensor.from_dense(tensors[stored], 4, 32)
             tensors[stored] = packed.packed
             tensors[f"{name}.scales"] = packed.scales

@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import cases_latent
 import cases_recurrent
 import cases_seeing
 import cases_vision
 import pytest
 import torch
-from architectures import mlx_logits, write_mlx_checkpoint
+from architectures import (
+    Case,
+    mlx_logits,
+    mlx_quantized_modules,
+    write_mlx_checkpoint,
+)
 from safetensors.torch import load_file, save_file
 from seeing import Seeing, dense_twin
 from seeing import stock_model as seeing_model
@@ -22,7 +29,7 @@ from test_architectures import relative_l2, stock_model
 from test_seeing import logits, write
 from torch import Tensor, nn
 
-from affine_tensor import load_checkpoint_
+from affine_tensor import AffineQuantizedTensor, from_pretrained, load_checkpoint_
 from affine_tensor.checkpoint import families, forms
 from affine_tensor.checkpoint.families import FAMILIES, Family, Rule
 from affine_tensor.checkpoint.forms import ResidualGate, Stored
@@ -181,3 +188,95 @@ def test_gemma_3n_has_another_prefix_in_mlx_vlm(tmp_path: Path) -> None:
     assert set(tower) <= set(report.ignored)
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, again(IDS).logits)
+
+
+# ---- the text alone -----------------------------------------------------------------
+
+TEXT_ALONE = [
+    case
+    for case in (*cases_seeing.CASES, *cases_recurrent.CASES, *cases_latent.CASES)
+    if "text_config" in case.config
+]
+
+
+@pytest.mark.parametrize("case", TEXT_ALONE, ids=str)
+def test_the_text_of_a_model_that_sees_is_saved_as_mlx_lm_reads_it(
+    case: Case, tmp_path: Path
+) -> None:
+    """What `from_pretrained` makes of it is the text's own class, with its own names and
+    configuration; mlx-lm may have it only as a part of the other."""
+    first, again = tmp_path / "first", tmp_path / "again"
+    write_mlx_checkpoint(case, first)
+    model = from_pretrained(first)
+
+    model.save_pretrained(again)
+
+    assert torch.equal(mlx_logits(again, IDS), mlx_logits(first, IDS))
+    read = from_pretrained(again)
+    assert type(read) is type(model)
+    own, other = dict(model.named_parameters()), dict(read.named_parameters())
+    assert own.keys() == other.keys()
+    for name, value in own.items():
+        if isinstance(value, AffineQuantizedTensor):
+            value, other[name] = value.dequantize(), other[name].dequantize()
+        assert torch.equal(value, other[name]), name
+
+
+def test_parts_that_differ_are_saved_as_they_were_under_other_names(
+    tmp_path: Path,
+) -> None:
+    """The whole has `language_model.model.`, the text alone `model.`."""
+    case = next(c for c in cases_seeing.CASES if c.label == "experts")
+    case = replace(case, formats={r"switch_glu\.up_proj": (3, 64)})
+    first, again = tmp_path / "first", tmp_path / "again"
+    write_mlx_checkpoint(case, first, dtype="bfloat16")
+    formats = mlx_quantized_modules(first)
+    model = from_pretrained(first)
+    experts = model.model.layers[0].experts
+    assert not isinstance(experts.gate_up_proj, AffineQuantizedTensor)
+
+    model.save_pretrained(again)
+
+    shorter = {n.replace("language_model.", ""): f for n, f in formats.items()}
+    assert {
+        n.replace("language_model.", ""): f
+        for n, f in mlx_quantized_modules(again).items()
+    } == shorter
+    assert torch.equal(mlx_logits(again, IDS), mlx_logits(first, IDS))
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "model."])
+@pytest.mark.parametrize("model_type", ["qwen3_5", "qwen3_5_moe", "gemma3", "mistral3"])
+def test_other_prefixes_of_the_text(
+    model_type: str, prefix: str, tmp_path: Path
+) -> None:
+    case = next(c for c in TEXT_ALONE if c.model_type == model_type)
+    write_mlx_checkpoint(case, tmp_path)
+    want = mlx_logits(tmp_path, IDS)
+    path = tmp_path / "model.safetensors"
+    tensors = {
+        name.replace("language_model.model.", prefix).replace(
+            "language_model.lm_head.", "lm_head."
+        ): tensor
+        for name, tensor in load_file(path).items()
+    }
+    assert any(name.startswith(f"{prefix}layers.") for name in tensors)
+    save_file(tensors, path, metadata={"format": "mlx"})
+    (tmp_path / "model.safetensors.index.json").unlink(missing_ok=True)
+
+    model = from_pretrained(tmp_path)
+
+    with torch.no_grad():
+        assert relative_l2(model(IDS, use_cache=False).logits, want) < case.tolerance
+
+
+def test_the_dtype_of_the_whole_is_that_of_its_text(tmp_path: Path) -> None:
+    case = next(c for c in TEXT_ALONE if c.model_type == "qwen3_5")
+    write_mlx_checkpoint(case, tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for key in ("dtype", "torch_dtype"):
+        config["text_config"].pop(key, None)
+    path.write_text(json.dumps({**config, "dtype": "bfloat16"}))
+
+    assert from_pretrained(tmp_path).dtype == torch.bfloat16

@@ -224,13 +224,6 @@ _QWEN3_NEXT = Family(
     told_by=r"\.conv1d\.weight$",
 )
 
-# Also the text model alone lies in `language_model`.
-_QWEN3_5 = Family(
-    renames=[(r"^(model\.(?!vis)|lm_head\.)", r"language_model.\1")],
-    rules=_QWEN3_NEXT.rules,
-    told_by=_QWEN3_NEXT.told_by,
-)
-
 
 def _olmo_hybrid(config: Any) -> Family:
     """One convolution here for queries, keys and values."""
@@ -615,8 +608,8 @@ FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
     "lfm2_moe": _LFM2_MOE,
     "nemotron_h": _NEMOTRON_H,
     "olmo_hybrid": _olmo_hybrid,
-    "qwen3_5_moe_text": _QWEN3_5,
-    "qwen3_5_text": _QWEN3_5,
+    "qwen3_5_moe_text": _QWEN3_NEXT,
+    "qwen3_5_text": _QWEN3_NEXT,
     "qwen3_next": _QWEN3_NEXT,
     # ---- experts
     "afmoe": Family(experts=r"\1.experts"),

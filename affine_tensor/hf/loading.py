@@ -56,6 +56,8 @@ def load(
     _refuse(kwargs)
     folder = checkpoint.folder
     config = copy.deepcopy(config)
+    if type(config).model_type:  # not MLX's name of it, which is what the file may have
+        config.model_type = type(config).model_type
     pre_quantized = mlx.recognizes(checkpoint)
     if pre_quantized and sink is not None:
         raise ValueError(
