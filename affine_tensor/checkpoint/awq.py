@@ -131,9 +131,7 @@ class AwqWeight:
         words = words.view(torch.int32)
         if self.version == GEMV:
             return words
-        if self.bits == 4:
-            return awq_words.transpose_nibbles(words)
-        return awq_words.transpose_stream(
+        return awq_words.from_gemm(
             words, self.shape[0], bits=self.bits, shuffled=self.shuffled
         )
 
@@ -169,8 +167,7 @@ class AwqWeight:
         codes = awq_words.unpack(self.zeros.read().view(torch.int32), self.bits)
         if self.version == GEMV:
             return codes[:, : self.groups].float()
-        codes = codes[:, : self.shape[0]]
-        return (awq_words.unshuffle(codes) if self.shuffled else codes).t().float()
+        return awq_words.by_rows(codes[:, : self.shape[0]], self.shuffled).float()
 
 
 def stored_weights(
@@ -227,18 +224,22 @@ class _Module:
         seen = f"{_seen(qweight)} and {_seen(scales)}"
         if qweight.dtype not in (*_INTEGERS, torch.int16):
             raise CheckpointError(
-                f"{seen}; words must be I32, or I16 in gemv_fast. Quantize the original "
+                f"{seen}: words must be I32, or I16 in gemv_fast. Quantize the original "
                 "model again so"
             )
         if scales.dtype not in layout.WEIGHT_DTYPES:
             raise CheckpointError(
-                f"{seen}; scales must be F32, F16 or BF16. Quantize the original model "
+                f"{seen}: scales must be F32, F16 or BF16. Quantize the original model "
                 "again so"
             )
         if len(qweight.shape) != 2 or len(scales.shape) != 2:
-            raise CheckpointError(f"{seen}; both must be matrices")
+            raise CheckpointError(
+                f"{seen}: both must be matrices. Fetch the checkpoint again"
+            )
         if not all(qweight.shape + scales.shape):
-            raise CheckpointError(f"{seen}; none of these may be zero")
+            raise CheckpointError(
+                f"{seen}: none of these may be zero. Fetch the checkpoint again"
+            )
         if qweight.dtype == torch.int16:
             read, version = self._gemv_fast, GEMV_FAST
         elif scales.shape[0] == qweight.shape[0]:
@@ -250,8 +251,8 @@ class _Module:
         named = self.said.version
         if named is not None and VERSIONS.get(named) != version:
             raise CheckpointError(
-                f"{seen}, as in version {version!r}; {self.said.file} says {named!r}. If "
-                "the tensors are right, correct that there"
+                f"{seen} are of version {version!r}, and {self.said.file} says {named!r}. "
+                "If the tensors are right, correct that there"
             )
         weight = read(qweight, scales)
         bits, group_size = weight.format
@@ -339,8 +340,7 @@ class _Module:
         if zeros.dtype not in dtypes or zeros.shape != shape:
             kind = "I32" if torch.int32 in dtypes else "F32, F16 or BF16"
             raise CheckpointError(
-                f"{_seen(zeros)}; {kind} {list(shape)} is needed. Fetch the checkpoint "
-                "again"
+                f"{_seen(zeros)} must be {kind} {list(shape)}. Fetch the checkpoint again"
             )
         return zeros
 
@@ -372,9 +372,9 @@ class _Module:
         fits = [n for n, size in counts.items() if padded in (n, _padded(n, size))]
         if len(fits) != 1:
             raise CheckpointError(
-                f"{_seen(scales)}, and {self.said.file} names groups of "
-                f"{_listed(self.said.groups)}: {len(fits) or 'none'} of these fit to "
-                f"{columns} columns, where one must. Correct that there"
+                f"{_seen(scales)} belong to {columns} columns, and {self.said.file} names "
+                f"groups of {_listed(self.said.groups)}: {len(fits) or 'none'} of these "
+                "fit, where one must. Correct that there"
             )
         return fits[0]
 
@@ -398,7 +398,7 @@ def _held_group(group_size: int) -> int:
 
 
 def _seen(tensor: StoredTensor) -> str:
-    return f"{tensor.name} is {layout.name_of(tensor.dtype)} {list(tensor.shape)}"
+    return f"{tensor.name} ({layout.name_of(tensor.dtype)} {list(tensor.shape)})"
 
 
 def _listed(values: set[int]) -> str:

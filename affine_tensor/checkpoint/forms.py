@@ -221,7 +221,7 @@ class Rows(Form):
 
     def load(self, read: Read) -> Tensor:
         parts = [part.load(read) for part in self.parts]
-        return torch.cat(alike(parts), _row_axis(self))
+        return torch.cat(alike(_same_order(parts)), _row_axis(self))
 
     def save(self, value: Tensor) -> dict[str, Tensor]:
         axis = _row_axis(self)
@@ -390,6 +390,8 @@ def alike(values: list[Tensor]) -> list[Tensor]:
     wider, which is exact); any others become dense, in the widest of their dtypes.
     """
     packed = [v for v in values if isinstance(v, AffineQuantizedTensor)]
+    if any(v.permutation is not None for v in packed) and len(packed) == len(values):
+        values = packed = [_with_order(v) for v in packed]  # type: ignore[assignment]
     formats = {(v.bits, v.group_size, v.transposed) for v in packed}
     if len(packed) == len(values) and len(formats) == 1:
         if len({v.scales.dtype for v in packed}) > 1:
@@ -400,6 +402,39 @@ def alike(values: list[Tensor]) -> list[Tensor]:
     for value in values:
         dtype = torch.promote_types(dtype, value.dtype)
     return [value.to(dtype) for value in values]
+
+
+def _with_order(weight: AffineQuantizedTensor) -> AffineQuantizedTensor:
+    """The same weight with a permutation, that of its columns as they are if it has
+    none."""
+    if weight.permutation is not None:
+        return weight
+    lead, columns = weight._packed.shape[:-2], weight.scales.shape[-1] * weight.group_size
+    order = torch.arange(columns, dtype=torch.int32, device=weight.device)
+    return AffineQuantizedTensor.from_packed(
+        weight._packed,
+        weight.scales,
+        weight.biases,
+        bits=weight.bits,
+        group_size=weight.group_size,
+        dtype=weight._dtype,
+        permutation=order.expand(*lead, columns).contiguous(),
+        transposed=weight.transposed,
+    )
+
+
+def _same_order(values: list[Tensor]) -> list[Tensor]:
+    """The values, dense where they are packed with different permutations: rows of one
+    weight share theirs."""
+    orders = [getattr(value, "permutation", None) for value in values]
+    first, *rest = orders
+    for order in rest:
+        same = order is first or (
+            order is not None and first is not None and torch.equal(order, first)
+        )
+        if not same:
+            return [dense(value) for value in values]
+    return values
 
 
 def _with_scales(

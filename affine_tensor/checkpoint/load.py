@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from .. import layout
 from ..quantize import Slot, format_table, slots
 from ..tensor import AffineQuantizedTensor
-from . import mlx
+from . import formats, mlx
 from .files import (
     Checkpoint,
     CheckpointError,
@@ -285,7 +285,7 @@ def load_checkpoint_(
         local_files_only=local_files_only,
     )
     checkpoint = open_checkpoint(folder)
-    if not mlx.recognizes(checkpoint):
+    if not formats.recognizes(checkpoint):
         raise CheckpointError(
             f"{folder} is not in MLX format: {why_not_mlx(checkpoint)}"
         )
@@ -311,18 +311,27 @@ def why_not_mlx(checkpoint: Checkpoint) -> str:
 
 def make_plan(model: nn.Module, checkpoint: Checkpoint) -> Plan:
     """Find out where each parameter lies; raise CheckpointError if anything is amiss."""
-    problems = mlx.check_settings(checkpoint.config)
-    if problems:
-        raise _error(checkpoint, {"settings that are not understood": problems})
-    names = Names(model)
-    if mlx.in_other_layout(checkpoint.config):
-        names = HubNames(model, mlx.weight_names(checkpoint))
+    other = formats.other_format(checkpoint)
+    if other is not None:
+        own = formats.opened(checkpoint, other)
+        checkpoint = own.checkpoint
+        names: Names = HubNames(model, checkpoint.tensors)
+    else:
+        problems = mlx.check_settings(checkpoint.config)
+        if problems:
+            raise _error(checkpoint, {"settings that are not understood": problems})
+        names = Names(model)
+        if mlx.in_other_layout(checkpoint.config):
+            names = HubNames(model, mlx.weight_names(checkpoint))
     targets, others = _targets(model)
     found, missing = _find(names, targets, checkpoint)
-    columns: dict[str, int] = {}
-    for _, _, shapes in found.values():
-        columns |= {n: shape[-1] for n, shape in shapes.items() if len(shape) > 1}
-    packed, broken, parts = mlx.packed_weights(checkpoint, columns)
+    if other is not None:
+        packed, broken, parts = own.packed, own.broken, own.parts
+    else:
+        columns: dict[str, int] = {}
+        for _, _, shapes in found.values():
+            columns |= {n: shape[-1] for n, shape in shapes.items() if len(shape) > 1}
+        packed, broken, parts = mlx.packed_weights(checkpoint, columns)
 
     plan, misfits = Plan(), {}
     used: set[str] = set(parts)
@@ -351,6 +360,8 @@ def make_plan(model: nn.Module, checkpoint: Checkpoint) -> Plan:
     for name in checkpoint.tensors:
         if name not in used:
             ignored = name in others or names.is_ignored(name)
+            if other is not None and not ignored:
+                ignored = _is_no_bias(checkpoint, name, packed)
             (plan.ignored if ignored else unexpected).append(name)
     kinds = {
         "missing": [
@@ -364,6 +375,16 @@ def make_plan(model: nn.Module, checkpoint: Checkpoint) -> Plan:
     if any(kinds.values()):
         raise _error(checkpoint, kinds)
     return plan
+
+
+def _is_no_bias(
+    checkpoint: Checkpoint, name: str, packed: Mapping[str, object]
+) -> bool:
+    """Whether this is a bias of zeros that some writers give to every packed weight."""
+    stem, _, own = name.rpartition(".")
+    if own != "bias" or f"{stem}.weight" not in packed:
+        return False
+    return not bool(checkpoint.tensors[name].read().any())
 
 
 _Found = tuple["_Target", Form, dict[str, tuple[int, ...]]]

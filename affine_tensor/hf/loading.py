@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils.hub import extract_commit_hash
 
 from .. import layout
-from ..checkpoint import mlx
+from ..checkpoint import formats, mlx
 from ..checkpoint.files import CONFIG, Checkpoint, CheckpointError
 from ..checkpoint.load import LoadReport
 from ..checkpoint.names import is_tower
@@ -58,7 +58,7 @@ def load(
     config = copy.deepcopy(config)
     if type(config).model_type:  # not MLX's name of it, which is what the file may have
         config.model_type = type(config).model_type
-    pre_quantized = mlx.recognizes(checkpoint)
+    pre_quantized = formats.recognizes(checkpoint)
     if pre_quantized and sink is not None:
         raise ValueError(
             f"{folder} is in MLX format already. Load it with from_pretrained, and write "

@@ -15,7 +15,7 @@ from transformers import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import layout
-from ..checkpoint import mlx
+from ..checkpoint import formats
 from ..checkpoint.families import TRANSFORMERS_TYPES
 from ..checkpoint.files import (
     Checkpoint,
@@ -75,7 +75,7 @@ def from_pretrained(
         local_files_only=local_files_only,
     )
     checkpoint = open_checkpoint(folder)
-    if given is None and not mlx.recognizes(checkpoint):
+    if given is None and not formats.recognizes(checkpoint):
         raise CheckpointError(
             f"{folder} is not in MLX format: {why_not_mlx(checkpoint)}"
         )
