@@ -4,6 +4,7 @@ from . import dispatch as _dispatch  # noqa: F401  (fills the table of operators
 from .checkpoint.files import CheckpointError
 from .checkpoint.load import LoadReport, load_checkpoint_
 from .checkpoint.save import SaveReport, save_checkpoint
+from .fold import fold_permutations_
 from .hf import AffineQuantizationConfig, convert, from_pretrained, register
 from .kernels import metal as _metal  # noqa: F401  (registers its kernels)
 from .kernels.warmup import warmup
@@ -23,6 +24,7 @@ __all__ = [
     "__version__",
     "convert",
     "dequantize_",
+    "fold_permutations_",
     "footprint",
     "from_pretrained",
     "load_checkpoint_",

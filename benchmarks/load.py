@@ -174,7 +174,7 @@ def _write_shards(folder: Path, tensors: Iterator[dict[str, Tensor]]) -> None:
             flush()
         shard |= stored
     flush()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"{number}.part").rename(folder / file)

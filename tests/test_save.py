@@ -482,7 +482,7 @@ MLX has no form for these weights:
   a.weight: MLX has no group size 16
   b.weight: its columns are permuted (act-order)
   d.probe_weight: MLX keeps scales and biases beside a parameter called weight
-Pass unsupported='dense' to write them dense, or 'requantize' to quantize them anew (which loses accuracy)""",  # noqa: E501
+Pass unsupported='dense' to write them dense, or 'requantize' to quantize them anew (which loses accuracy). Before that, affine_tensor.fold_permutations_(model) takes the act-order of down_proj into the rows of other weights, without loss""",  # noqa: E501
     )
 
 

@@ -46,12 +46,12 @@ def opened(checkpoint: Checkpoint, other: Any) -> Opened:
     """
     problems = other.check_settings(checkpoint)
     if problems:
-        raise CheckpointError("\n".join([f"{checkpoint.folder} is refused:", *problems]))
+        raise CheckpointError(
+            "\n".join([f"{checkpoint.folder} is refused:", *problems])
+        )
     packed, broken, parts = other.stored_weights(checkpoint)
     tensors = {n: t for n, t in checkpoint.tensors.items() if n not in parts}
     for name in (*packed, *broken):
         # Words of no shape: the weight itself says what it is.
-        tensors[name] = StoredTensor(
-            name, checkpoint.files[0], torch.int32, (0,), 0, 0
-        )
+        tensors[name] = StoredTensor(name, checkpoint.files[0], torch.int32, (0,), 0, 0)
     return Opened(replace(checkpoint, tensors=tensors), packed, broken, parts)

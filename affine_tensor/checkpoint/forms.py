@@ -409,7 +409,10 @@ def _with_order(weight: AffineQuantizedTensor) -> AffineQuantizedTensor:
     none."""
     if weight.permutation is not None:
         return weight
-    lead, columns = weight._packed.shape[:-2], weight.scales.shape[-1] * weight.group_size
+    lead, columns = (
+        weight._packed.shape[:-2],
+        weight.scales.shape[-1] * weight.group_size,
+    )
     order = torch.arange(columns, dtype=torch.int32, device=weight.device)
     return AffineQuantizedTensor.from_packed(
         weight._packed,

@@ -289,8 +289,15 @@ def _entries(
             + "\n".join(problems)
             + "\nPass unsupported='dense' to write them dense, or 'requantize' to "
             "quantize them anew (which loses accuracy)"
+            + (_FOLD if any("act-order" in problem for problem in problems) else "")
         )
     return entries
+
+
+_FOLD = (
+    ". Before that, affine_tensor.fold_permutations_(model) takes the act-order of "
+    "down_proj into the rows of other weights, without loss"
+)
 
 
 def _values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
