@@ -360,8 +360,11 @@ def make_plan(model: nn.Module, checkpoint: Checkpoint) -> Plan:
     for name in checkpoint.tensors:
         if name not in used:
             ignored = name in others or names.is_ignored(name)
-            if other is not None and not ignored:
-                ignored = _is_no_bias(checkpoint, name, packed)
+            if other is not None and not ignored and _is_added_bias(name, packed):
+                if bool(checkpoint.tensors[name].read().any()):
+                    misfits[name] = "not zero, and the model's module has no bias"
+                    continue
+                ignored = True
             (plan.ignored if ignored else unexpected).append(name)
     kinds = {
         "missing": [
@@ -377,14 +380,11 @@ def make_plan(model: nn.Module, checkpoint: Checkpoint) -> Plan:
     return plan
 
 
-def _is_no_bias(
-    checkpoint: Checkpoint, name: str, packed: Mapping[str, object]
-) -> bool:
-    """Whether this is a bias of zeros that some writers give to every packed weight."""
+def _is_added_bias(name: str, packed: Mapping[str, object]) -> bool:
+    """Whether it is the bias of a packed weight: some writers give one to each, of zeros
+    where the module has none."""
     stem, _, own = name.rpartition(".")
-    if own != "bias" or f"{stem}.weight" not in packed:
-        return False
-    return not bool(checkpoint.tensors[name].read().any())
+    return own == "bias" and f"{stem}.weight" in packed
 
 
 _Found = tuple["_Target", Form, dict[str, tuple[int, ...]]]
