@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import cases_experts
+import cases_vision
 import pytest
+import seeing
 import torch
 from architectures import Case, _write_dense_checkpoint, mlx_logits
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from affine_tensor import (
     AffineQuantizationConfig,
@@ -148,6 +150,13 @@ def write(
     """A checkpoint of the case in that format, and the transformers model with the exact
     weights. `order(name, columns)` gives the group of each column."""
     _write_dense_checkpoint(case, folder)
+    return quantize_files(folder, method, AutoModelForCausalLM, order, dense)
+
+
+def quantize_files(
+    folder: Path, method: str, auto_class: Any, order: Any = None, dense: Any = ()
+) -> nn.Module:
+    """Quantize a dense checkpoint of transformers, and read the exact weights as one."""
     tensors = load_file(folder / "model.safetensors")
     exact: dict[str, Tensor] = {}
     for name in list(tensors):
@@ -163,9 +172,9 @@ def write(
     # The twin reads the exact weights under the names of the Hub, by transformers' rules.
     twin_folder = folder.parent / f"{folder.name}-twin"
     twin_folder.mkdir()
-    whole = {
-        n: t for n, t in tensors.items() if n.rpartition(".")[2] in ("weight", "bias")
-    }
+    ends = ("qweight", "qzeros", "scales", "g_idx")
+    ends = (*ends, "weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+    whole = {n: t for n, t in tensors.items() if n.rpartition(".")[2] not in ends}
     save_file(
         whole | exact, twin_folder / "model.safetensors", metadata={"format": "pt"}
     )
@@ -174,7 +183,7 @@ def write(
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config["quantization_config"] = CONFIGS[method]
     (folder / "config.json").write_text(json.dumps(config))
-    return AutoModelForCausalLM.from_pretrained(twin_folder).eval()
+    return auto_class.from_pretrained(twin_folder).eval()
 
 
 def packed(model: nn.Module) -> dict[str, AffineQuantizedTensor]:
@@ -250,6 +259,25 @@ def test_gate_and_up_with_different_orders_become_dense_by_name(tmp_path: Path) 
     assert not packed(model).keys() & set(fused)
     assert set(fused) <= report.notes.keys()
     assert_equal_to(model, twin)
+
+
+@pytest.mark.parametrize("method", list(CONFIGS))
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "gemma3", "mistral3", "qwen3_vl"])
+def test_models_that_see(model_type: str, method: str, tmp_path: Path) -> None:
+    """The text is packed, the tower left dense."""
+    case = next(case for case in cases_vision.CASES if case.model_type == model_type)
+    seeing.dense_twin(case).save_pretrained(tmp_path / "q")
+    towers = ("vision", "visual", "projector")
+    auto_class = AutoModelForImageTextToText
+    twin = quantize_files(tmp_path / "q", method, auto_class, dense=towers)
+    model = from_pretrained(tmp_path / "q", model_class=auto_class)
+    names = packed(model)
+    assert len(names) == 14
+    assert not [name for name in names if any(part in name for part in towers)]
+    inputs = case.inputs()
+    with torch.no_grad():
+        got, want = model(**inputs).logits.double(), twin(**inputs).logits.double()
+    assert (got - want).norm() / want.norm() < 1e-5
 
 
 def test_one_dense_module_among_packed_ones(tmp_path: Path) -> None:
