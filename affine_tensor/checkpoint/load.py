@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import threading
@@ -137,6 +138,11 @@ class Planned:
         else:
             with _joining:
                 value = self._load(self.form, self.leaves, dtype, device, parts)
+        if any(
+            not isinstance(v, (StoredTensor, mlx.PackedWeight))
+            for v in self.leaves.values()
+        ):
+            _release_memory()  # of the words in the file's own layout
         if isinstance(value, AffineQuantizedTensor):
             return value
         own = self._cast(value, dtype)
@@ -231,6 +237,15 @@ class Planned:
         )
         return own if exact else wide
 
+
+def _release_memory() -> None:
+    """Give freed memory back to the system: glibc keeps blocks of megabytes, which add up
+    to half a file. Elsewhere nothing is done."""
+    if _trim is not None:
+        _trim(0)
+
+
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 
 # Weights that are joined whole exist twice for a moment, so one at a time.
 _joining = threading.Lock()
