@@ -1,16 +1,24 @@
 """MLX-format quantized weights as tensors of PyTorch, in unmodified models."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import dispatch as _dispatch  # noqa: F401  (fills the table of operators)
 from .checkpoint.files import CheckpointError
 from .checkpoint.load import LoadReport, load_checkpoint_
 from .checkpoint.save import SaveReport, save_checkpoint
 from .fold import fold_permutations_
-from .hf import AffineQuantizationConfig, convert, from_pretrained, register
 from .kernels import metal as _metal  # noqa: F401  (registers its kernels)
 from .kernels.warmup import warmup
 from .quantize import AffineConfig, dequantize_, footprint, quantize_
 from .tensor import AffineQuantizedTensor
 from .tensor import _rebuild as _rebuild  # by this name pickles find it
+
+if TYPE_CHECKING:
+    from .hf.config import AffineQuantizationConfig
+    from .hf.convert import convert
+    from .hf.pretrained import from_pretrained
+    from .hf.register import register
 
 __version__ = "0.1.0"
 
@@ -33,3 +41,22 @@ __all__ = [
     "save_checkpoint",
     "warmup",
 ]
+
+_OF_TRANSFORMERS = (
+    "AffineQuantizationConfig",
+    "convert",
+    "from_pretrained",
+    "register",
+)
+
+
+def __getattr__(name: str) -> Any:
+    # Only when asked for: transformers' quantizers import every other library's, which
+    # takes seconds and prints.
+    if name in _OF_TRANSFORMERS:
+        return getattr(importlib.import_module(".hf", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_OF_TRANSFORMERS})

@@ -132,6 +132,7 @@ def quantize_(
     for (slot, _), parameter in zip(chosen, packed, strict=True):
         slot.put(parameter)
         report.quantized += [name for name, _, _ in slot.places]
+    let_transformers_save(model)
     unasked = {n: why for n, why in report.skipped.items() if why != _FILTERED}
     if unasked:
         logger.warning(
@@ -140,6 +141,14 @@ def quantize_(
             "; ".join(f"{_shown(name)} ({why})" for name, why in unasked.items()),
         )
     return report
+
+
+def let_transformers_save(model: nn.Module) -> None:
+    """Have `save_pretrained` of a transformers model know packed weights."""
+    if hasattr(model, "save_pretrained"):
+        from .hf.saving import install  # above this module, and only then imported
+
+        install()
 
 
 _FILTERED = "left out by filter_fn"

@@ -7,7 +7,7 @@ import math
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .. import layout
-from ..quantize import Slot, format_table, slots
+from ..quantize import Slot, format_table, let_transformers_save, slots
 from ..tensor import AffineQuantizedTensor
 from . import formats, mlx
 from .files import (
@@ -30,7 +30,6 @@ from .files import (
     open_checkpoint,
 )
 from .forms import ChannelsLast, Form, Part, Stored, keeps_experts_apart
-from .hub_names import HubNames
 from .names import Names
 
 _noting = threading.Lock()
@@ -309,6 +308,7 @@ def load_checkpoint_(
     values = list(_read(plan, device, report, progress))
     for target, value in values:
         _put(target, value)
+    let_transformers_save(model)
     return report
 
 
@@ -330,14 +330,14 @@ def make_plan(model: nn.Module, checkpoint: Checkpoint) -> Plan:
     if other is not None:
         own = formats.opened(checkpoint, other)
         checkpoint = own.checkpoint
-        names: Names = HubNames(model, checkpoint.tensors)
+        names = _hub_names(model, checkpoint.tensors)
     else:
         problems = mlx.check_settings(checkpoint.config)
         if problems:
             raise _error(checkpoint, {"settings that are not understood": problems})
         names = Names(model)
         if mlx.in_other_layout(checkpoint.config):
-            names = HubNames(model, mlx.weight_names(checkpoint))
+            names = _hub_names(model, mlx.weight_names(checkpoint))
     targets, others = _targets(model)
     found, missing = _find(names, targets, checkpoint)
     if other is not None:
@@ -393,6 +393,12 @@ def make_plan(model: nn.Module, checkpoint: Checkpoint) -> Plan:
     if any(kinds.values()):
         raise _error(checkpoint, kinds)
     return plan
+
+
+def _hub_names(model: nn.Module, stored: Iterable[str]) -> Names:
+    from .hub_names import HubNames  # it imports what of transformers takes a second
+
+    return HubNames(model, stored)
 
 
 def _is_added_bias(name: str, packed: Mapping[str, object]) -> bool:
