@@ -10,6 +10,7 @@ from .checkpoint.save import SaveReport, save_checkpoint
 from .fold import fold_permutations_
 from .kernels import metal as _metal  # noqa: F401  (registers its kernels)
 from .kernels.warmup import warmup
+from .quantize import ON_PACKED as _ON_PACKED
 from .quantize import AffineConfig, dequantize_, footprint, quantize_
 from .tensor import AffineQuantizedTensor
 from .tensor import _rebuild as _rebuild  # by this name pickles find it
@@ -56,6 +57,15 @@ def __getattr__(name: str) -> Any:
     if name in _OF_TRANSFORMERS:
         return getattr(importlib.import_module(".hf", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _let_transformers_save(model: Any) -> None:
+    """Have `save_pretrained` of a transformers model know packed weights."""
+    if hasattr(model, "save_pretrained"):
+        importlib.import_module(".hf.saving", __name__).install()
+
+
+_ON_PACKED.append(_let_transformers_save)
 
 
 def __dir__() -> list[str]:

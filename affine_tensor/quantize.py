@@ -132,7 +132,7 @@ def quantize_(
     for (slot, _), parameter in zip(chosen, packed, strict=True):
         slot.put(parameter)
         report.quantized += [name for name, _, _ in slot.places]
-    let_transformers_save(model)
+    tell_packed(model)
     unasked = {n: why for n, why in report.skipped.items() if why != _FILTERED}
     if unasked:
         logger.warning(
@@ -143,12 +143,14 @@ def quantize_(
     return report
 
 
-def let_transformers_save(model: nn.Module) -> None:
-    """Have `save_pretrained` of a transformers model know packed weights."""
-    if hasattr(model, "save_pretrained"):
-        from .hf.saving import install  # above this module, and only then imported
+# What is told of each model that has got packed weights. The package enters here what
+# stands above this module.
+ON_PACKED: list[Callable[[nn.Module], None]] = []
 
-        install()
+
+def tell_packed(model: nn.Module) -> None:
+    for tell in ON_PACKED:
+        tell(model)
 
 
 _FILTERED = "left out by filter_fn"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .. import layout
-from ..quantize import Slot, format_table, let_transformers_save, slots
+from ..quantize import Slot, format_table, slots, tell_packed
 from ..tensor import AffineQuantizedTensor
 from . import formats, mlx
 from .files import (
@@ -308,7 +308,7 @@ def load_checkpoint_(
     values = list(_read(plan, device, report, progress))
     for target, value in values:
         _put(target, value)
-    let_transformers_save(model)
+    tell_packed(model)
     return report
 
 
