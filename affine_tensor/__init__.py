@@ -8,7 +8,8 @@ from .checkpoint.files import CheckpointError
 from .checkpoint.load import LoadReport, load_checkpoint_
 from .checkpoint.save import SaveReport, save_checkpoint
 from .fold import fold_permutations_
-from .kernels import metal as _metal  # noqa: F401  (registers its kernels)
+from .kernels import cpu as _cpu  # noqa: F401  (registers its kernels)
+from .kernels import metal as _metal  # noqa: F401
 from .kernels.warmup import warmup
 from .quantize import ON_PACKED as _ON_PACKED
 from .quantize import AffineConfig, dequantize_, footprint, quantize_

@@ -6,13 +6,15 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from affine_tensor.quantize import format_table
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 def machine() -> str:
@@ -20,23 +22,37 @@ def machine() -> str:
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def side_by_side(
-    contestants: dict[str, Callable[[], Any]],
+def in_turn(
+    contestants: dict[Name, Callable[[], Any]],
     *,
     rounds: int = 15,
     calls: int = 1,
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, float]:
-    """Median seconds per call of each, run in turn so that all see the same machine."""
+    pause: float = 0.0,
+) -> dict[Name, list[float]]:
+    """Seconds per call of each in each round, so that all see the same machine.
+
+    `pause`: seconds to wait before each, in which threads that still spin for the one
+    before it go to sleep.
+    """
     for run in contestants.values():
         run()
-    times: dict[str, list[float]] = {name: [] for name in contestants}
+    times: dict[Name, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, run in contestants.items():
+            time.sleep(pause)
             start = clock()
             for _ in range(calls):
                 run()
             times[name].append((clock() - start) / calls)
+    return times
+
+
+def side_by_side(
+    contestants: dict[Name, Callable[[], Any]], **how: Any
+) -> dict[Name, float]:
+    """Median seconds per call of each, run in turn (see `in_turn`)."""
+    times = in_turn(contestants, **how)
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 

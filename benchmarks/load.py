@@ -283,7 +283,8 @@ def run(name: str, code: str, *arguments: Any) -> dict[str, float] | None:
         text=True,
     )
     if done.returncode:
-        print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        why = done.stderr.strip().splitlines()[-1]
+        print(f"{name}: {why}: left out", file=sys.stderr)
         return None
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
@@ -326,12 +327,15 @@ def table(title: str, size: int, results: dict[str, dict[str, float]]) -> str:
 
 
 def versions() -> str:
-    import mlx_lm
     import transformers
 
+    try:
+        from mlx_lm import __version__ as theirs
+    except ImportError:
+        theirs = "is not installed"
     return (
         f"affine_tensor {__version__}, transformers {transformers.__version__}, "
-        f"mlx-lm {mlx_lm.__version__}"
+        f"mlx-lm {theirs}"
     )
 
 

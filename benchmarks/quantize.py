@@ -21,8 +21,9 @@ def contestants(
     weight: torch.Tensor, bits: int, group_size: int
 ) -> dict[str, Callable[[], Any]]:
     form = {"bits": bits, "group_size": group_size}
+    quantize = torch.ops.affine_tensor.quantize
     found: dict[str, Callable[[], Any]] = {
-        "affine_tensor": lambda: layout.quantize(weight, **form)
+        "affine_tensor": lambda: quantize(weight, **form)
     }
     try:
         import mlx.core as mx
@@ -38,7 +39,7 @@ def contestants(
             return parts
 
         found["mlx (cpu)"] = quantize_with_mlx
-        ours = layout.quantize(weight, **form)
+        ours = quantize(weight, **form)
         theirs = quantize_with_mlx()
         for mine, their in zip(ours, theirs, strict=True):
             bits_of = np.array(
@@ -76,8 +77,11 @@ def main() -> None:
     weight = torch.randn(options.rows, options.columns).to(torch.bfloat16)
     runs = contestants(weight, options.bits, options.group_size)
     form = {"bits": options.bits, "group_size": options.group_size}
-    parts = layout.quantize(weight, **form)
-    runs["affine_tensor dequantize"] = lambda: layout.dequantize(*parts, **form)
+    parts = torch.ops.affine_tensor.quantize(weight, **form)
+    dequantize = torch.ops.affine_tensor.dequantize
+    runs["affine_tensor dequantize"] = lambda: dequantize(
+        *parts, **form, dtype=weight.dtype
+    )
     seconds = side_by_side(runs, rounds=9)
     ours = seconds["affine_tensor"]
     title = (

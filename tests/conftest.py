@@ -13,6 +13,7 @@ from torch import Tensor
 
 import affine_tensor.tensor
 from affine_tensor import AffineQuantizedTensor
+from affine_tensor.kernels import settings
 
 # The shapes here are small: more threads only wait for each other.
 torch.set_num_threads(1)
@@ -76,10 +77,16 @@ def emulated_metal(
 
 
 @pytest.fixture(autouse=True)
-def operators_of_the_device(request: pytest.FixtureRequest) -> None:
-    """With --device mps or emulated, the operators of all tests are Metal's kernels."""
+def operators_of_the_device(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --device mps or emulated, the operators of all tests are Metal's kernels.
+
+    Without, they are the CPU's; what holds for the reference only has the reference.
+    """
     names = {request.node.path.name, request.node.originalname}
     if names & ON_THE_CPU.keys():
+        monkeypatch.setattr(settings, "cpu_backend", "reference")
         return
     if request.config.getoption("--device") in ("mps", "emulated"):
         request.getfixturevalue("emulated_metal")

@@ -27,20 +27,33 @@ class Settings:
         are with it. Costs speed at small batches. (AFFINE_TENSOR_BATCH_INVARIANT=1)
     strict: a kernel that does not compile or fails its check raises, rather than being
         replaced by the slow path and logged. (AFFINE_TENSOR_STRICT=1)
+    cpu_backend: "own", or "reference" to dequantize a block of rows at a time and let
+        torch multiply. (AFFINE_TENSOR_CPU_BACKEND=reference)
     metal_backend: "own", or "hub" for the kernels of `kernels.hub` where they pass their
         check. (AFFINE_TENSOR_METAL_BACKEND=hub)
     """
 
     batch_invariant: bool = False
     strict: bool = False
+    cpu_backend: str = "own"
     metal_backend: str = "own"
 
 
 settings = Settings(
     batch_invariant=_flag("AFFINE_TENSOR_BATCH_INVARIANT"),
     strict=_flag("AFFINE_TENSOR_STRICT"),
+    cpu_backend=os.environ.get("AFFINE_TENSOR_CPU_BACKEND", "own"),
     metal_backend=os.environ.get("AFFINE_TENSOR_METAL_BACKEND", "own"),
 )
+
+
+def cache_folder() -> Path:
+    """Where what was compiled and tuned is kept. AFFINE_TENSOR_CACHE names another."""
+    folder = os.environ.get("AFFINE_TENSOR_CACHE")
+    if folder:
+        return Path(folder)
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "affine_tensor"
 
 
 def shaders() -> Path:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ...tensor import logger
+from .. import cache_folder
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,7 @@ def generation_of(name: str) -> int:
 
 def tuned_file() -> Path:
     """Where tuned limits are kept, by chip. AFFINE_TENSOR_CACHE names another folder."""
-    folder = os.environ.get("AFFINE_TENSOR_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = Path(folder) if folder else Path(base).expanduser() / "affine_tensor"
-    return home / "metal.json"
+    return cache_folder() / "metal.json"
 
 
 @cache

@@ -1,0 +1,703 @@
+// x @ W.T for packed W, of one matrix or of each row's expert.
+//
+// Few rows of x (up to 8): "dots". Lanes are places along K, rows of W are read from front
+// to back, which is what memory is fastest at, and their words go straight into products.
+// More rows: "tiles". Lanes are rows of W; a part of 32 of them is brought out of the words
+// once, into the first-level cache, and multiplied with 8 rows of x at a time.
+//
+// Codes are multiplied as they are, exactly; the scale of a group and its bias (times the
+// sum of the group's inputs) come in afterwards, in float32. Sums do not depend on the
+// number of threads.
+
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <new>
+#include <vector>
+
+#include "codes.h"
+#include "threads.h"
+#include "values.h"
+
+// ---- what is to be multiplied ---------------------------------------------------
+
+struct Matrix {
+  const uint8_t* words;
+  const void *scales, *biases;
+  i64 word_stride;                // bytes
+  i64 scale_stride, bias_stride;  // elements
+  int part_type;                  // of scales and biases
+  int n, k;
+
+  int groups() const { return k / GROUP; }
+  const uint8_t* row(i64 n) const { return words + n * word_stride; }
+};
+
+struct Output {
+  void* y;
+  i64 stride;
+  int type;
+  const void* bias;
+  const i64* order;  // row of y (and of x) for each row here, or null: from `first` on
+  i64 first = 0;
+
+  i64 row(i64 m) const { return order ? order[m] : first + m; }
+};
+
+constexpr int MOST = 8;            // rows of x that "dots" take, and of a tile
+constexpr int AHEAD = 4096;        // bytes of a row's words that are fetched before their turn
+constexpr int PARTS_AHEAD = 1024;  // the same of scales and biases
+constexpr int EXTRA = L;           // floats that go with a chunk, see Packed
+constexpr int TILE_CODES = 256;    // of K, brought out at a time
+constexpr int TILE_PAIRS = TILE_CODES / 2;
+constexpr int TILE_ROWS = COLUMNS * L;
+static_assert(TILE_CODES % CHUNK == 0 && TILE_CODES % GROUP == 0, "tiles");
+
+// ---- inputs, in the order of the products ---------------------------------------
+
+// For dots: [chunk][row][plane][step][lane] pairs of 16 bits, then for each chunk and row
+// L floats: the sums' beginnings (X == 0) or the inputs' scales. For tiles:
+// [tile][plane][pair][row], where those floats are one for each row and group.
+struct Packed {
+  uint32_t* pairs;
+  float* sums;    // of a group's inputs: dots [batch][row][L], tiles [tile][group][row]
+  float* scales;  // tiles with X > 0: as sums
+  int m, rows;    // rows of x, and those that there is room for
+  int k, chunks;
+  bool tiles;
+
+  i64 per_chunk() const { return (i64)rows * (PLANES * S * L + EXTRA); }
+  i64 plane() const { return (i64)(chunks * CHUNK / 2) * MOST; }
+  i64 tile() const { return plane() * PLANES; }
+  i64 size() const { return tiles ? tile() * (rows / MOST) : per_chunk() * chunks; }
+  int batches() const { return (k / GROUP + L - 1) / L; }
+  i64 sums_size() const { return (i64)rows * (tiles ? k / GROUP : batches() * L); }
+};
+
+INLINE int32_t most_of(V v) {
+  int32_t lanes[L], most = 0;
+  store(lanes, v);
+  for (int i = 0; i < L; i++) most = lanes[i] > most ? lanes[i] : most;
+  return most;
+}
+
+INLINE double sum_of(F v) {
+  float lanes[L];
+  double sum = 0;
+  store_f(lanes, v);
+  for (int i = 0; i < L; i++) sum += lanes[i];
+  return sum;
+}
+
+INLINE double sum_of(V v) {
+  int32_t lanes[L];
+  double sum = 0;
+  store(lanes, v);
+  for (int i = 0; i < L; i++) sum += lanes[i];
+  return sum;
+}
+
+INLINE float float_of(int32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+constexpr int32_t bits_of_power(int exponent) { return (exponent + 127) << 23; }
+
+// One row of x as numbers, [K]; false where they are too large, too small or not finite,
+// or where the order names no column.
+static bool read_row(float* out, const void* x, i64 at, int type, const int32_t* order, int k) {
+  if (order) {
+    for (int i = 0; i < k; i++) {
+      if (order[i] < 0 || order[i] >= k) return false;
+      out[i] = value_at(x, at + order[i], type);
+    }
+  } else {
+    values_at(out, x, at, k, type);
+  }
+  V most = zero();
+  for (int i = 0; i < k; i += L) most = ::most(most, both(load(out + i), set(0x7fffffff)));
+  const int32_t largest = most_of(most);
+  return largest < bits_of_power(100) && (largest == 0 || largest >= bits_of_power(-100));
+}
+
+// 16-bit numbers [k] for each plane, and for each group the scale and the sum of its
+// inputs, of which there are GROUP.
+static void make_halves(uint16_t* out, i64 plane, float* scales, float* sums, const float* x, int k) {
+  for (int g = 0; g < k / GROUP; g++, x += GROUP, out += GROUP) {
+    if constexpr (X == 0) {
+      F sum = zero_f();
+      for (int i = 0; i < GROUP; i += L) {
+        const F v = load_f(x + i);
+        sum = add(sum, v);
+        store_16(out + i, right<16>(as_v(v)));
+      }
+      sums[g] = (float)sum_of(sum);
+      scales[g] = 1;
+      continue;
+    }
+    V most = zero(), total = zero(), low = zero();
+    for (int i = 0; i < GROUP; i += L) most = ::most(most, both(load(x + i), set(0x7fffffff)));
+    const int32_t largest = most_of(most);
+    // One plane: the largest becomes 32767. Two: times a power of two, so that all 24 bits
+    // of x stay. What is that small beside other groups counts as nothing.
+    const int exponent = (largest >> 23) - 126;
+    float factor = X == 1 ? 32767 / float_of(largest) : float_of(bits_of_power(30 - exponent));
+    scales[g] = X == 1 ? float_of(largest) / 32767 : float_of(bits_of_power(exponent - 30));
+    if (largest < bits_of_power(-90)) factor = scales[g] = 0;
+    for (int i = 0; i < GROUP; i += L) {
+      V q = to_nearest(mul(load_f(x + i), set_f(factor)));
+      if constexpr (X == 2) {
+        const V rest = both(q, set(0x7fff));
+        low = plus(low, rest);
+        store_16(out + plane + i, rest);
+        q = right_signed<15>(q);
+      }
+      total = plus(total, q);
+      store_16(out + i, q);
+    }
+    // Exactly what is multiplied, summed up: errors of rounding x meet whole weights.
+    sums[g] = (float)(scales[g] * (X == 2 ? 32768 * sum_of(total) + sum_of(low) : sum_of(total)));
+  }
+}
+
+// Where, in 16-bit halves from the first of a chunk, dots have each column.
+struct Places {
+  uint16_t at[CHUNK];
+  constexpr Places() : at() {
+    for (int c = 0; c < CHUNK; c += 16)
+      for (int p = 0; p < 8; p++) {
+        const int pair = c / 2 + p, place = 2 * (pair % S * L + pair / S);
+        at[c + pair_of(p).low] = (uint16_t)place;
+        at[c + pair_of(p).high] = (uint16_t)(place + 1);
+      }
+  }
+};
+
+static void place_for_dots(const Packed& to, int m, const uint16_t* in, i64 plane, const float* scales, const float* sums) {
+  static constexpr Places places;
+  const int groups = to.k / GROUP;
+  for (int c = 0; c < to.chunks; c++, in += CHUNK) {
+    uint32_t* out = to.pairs + c * to.per_chunk() + (i64)m * (PLANES * S * L + EXTRA);
+    for (int p = 0; p < PLANES; p++) {
+      uint16_t* halves = (uint16_t*)(out + p * S * L);
+      for (int i = 0; i < CHUNK; i++) halves[places.at[i]] = in[p * plane + i];
+    }
+    float* extra = (float*)(out + PLANES * S * L);
+    if constexpr (X == 0) {
+      F sum = zero_f();
+      for (int i = 0; i < S; i++) {
+        const V v = load(out + i * L);
+        sum = add(sum, add(as_f(left<16>(v)), as_f(both(v, set((int32_t)0xffff0000)))));
+      }
+      store_f(extra, mul(sum, set_f(-SHIFTED)));
+    } else {
+      for (int j = 0; j < L; j++) {
+        const int g = (c * L + j) / LANES;
+        extra[j] = g < groups ? scales[g] : 0;
+      }
+    }
+  }
+  for (int g = 0; g < to.batches() * L; g++)
+    to.sums[((i64)(g / L) * to.rows + m) * L + g % L] = g < groups ? sums[g] : 0;
+}
+
+static void place_for_tiles(const Packed& to, int m, const uint16_t* in, i64 plane, const float* scales, const float* sums) {
+  const int tile = m / MOST, row = m % MOST, groups = to.k / GROUP;
+  for (int p = 0; p < PLANES; p++, in += plane) {
+    uint32_t* out = to.pairs + tile * to.tile() + p * to.plane() + row;
+    for (int i = 0; i < to.k; i += 16, out += 8 * MOST)
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; j++)
+        out[j * MOST] = in[i + pair_of(j).low] | ((uint32_t)in[i + pair_of(j).high] << 16);
+  }
+  for (int g = 0; g < groups; g++) {
+    const i64 at = ((i64)tile * groups + g) * MOST + row;
+    to.sums[at] = sums[g];
+    to.scales[at] = X == 0 ? -SHIFTED * sums[g] : scales[g];
+  }
+}
+
+// ---- few rows -------------------------------------------------------------------
+
+// Scales of L groups from group g on; those past the last are zero.
+INLINE F parts_at(const void* p, i64 row, int g, int groups, int type) {
+  fetch((const char*)p + (row + g) * size_of(type) + PARTS_AHEAD);
+  if (g + L <= groups) return load_values(p, row + g, type);
+  float some[L] = {};
+  for (int i = 0; g + i < groups; i++) some[i] = value_at(p, row + g + i, type);
+  return load_f(some);
+}
+
+template <int I, int M, int R>
+INLINE void dots_step(const V (&w)[R], Sum (&sum)[R][M][PLANES], const uint32_t* x, const Masks& masks) {
+  if constexpr (I < S) {
+    V v[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) v[r] = masks.take(right_in_lanes<I * BITS>(w[r]));
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+      for (int p = 0; p < PLANES; p++) {
+        const V xv = load(x + m * (PLANES * S * L + EXTRA) + (p * S + I) * L);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) sum[r][m][p] = dot(sum[r][m][p], v[r], xv);
+      }
+    dots_step<I + 1, M, R>(w, sum, x, masks);
+  }
+}
+
+template <int M, int R>
+INLINE void dots_chunk(const V (&w)[R], const F (&scale)[R], F (&total)[R][M], const uint32_t* x, const Masks& masks) {
+  Sum sum[R][M][PLANES];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++) {
+    const float* extra = (const float*)(x + m * (PLANES * S * L + EXTRA) + PLANES * S * L);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+#if X == 0
+      sum[r][m][0] = load_f(extra);
+#else
+      for (int p = 0; p < PLANES; p++) sum[r][m][p] = zero();
+#endif
+    }
+  }
+  dots_step<0, M, R>(w, sum, x, masks);
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++) {
+    const float* extra = (const float*)(x + m * (PLANES * S * L + EXTRA) + PLANES * S * L);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+#if X == 0
+      total[r][m] = fma(scale[r], sum[r][m][0], total[r][m]);
+#else
+      F value = value_of(sum[r][m][0]);
+      if constexpr (X == 2) value = fma(value, set_f(32768), value_of(sum[r][m][PLANES - 1]));
+      total[r][m] = fma(scale[r], mul(value, load_f(extra)), total[r][m]);
+#endif
+    }
+  }
+}
+
+// R rows of W at once, times M rows of x: lanes whose sums are the products.
+template <int M, int R>
+INLINE void dots_rows(const Matrix& w, const i64 (&row)[R], const Packed& x, F (&total)[R][M]) {
+  const Masks masks;
+  const int groups = w.groups();
+  const i64 bytes = (i64)w.k * BITS / 8;
+  const uint8_t* at[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++) at[r] = w.row(row[r]);
+  const uint32_t* xc = x.pairs;
+  const float* sums = x.sums;
+  int c = 0;
+  for (int batch = 0; batch < x.batches(); batch++, sums += M * L) {
+    F scale[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      scale[r] = parts_at(w.scales, row[r] * w.scale_stride, batch * L, groups, w.part_type);
+      const F bias = parts_at(w.biases, row[r] * w.bias_stride, batch * L, groups, w.part_type);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++) total[r][m] = fma(bias, load_f(sums + m * L), total[r][m]);
+    }
+    auto chunk = [&](int in_batch, auto load_words) __attribute__((always_inline)) {
+      V v[R];
+      F own[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
+        v[r] = load_words(at[r]);
+        fetch(at[r] + AHEAD);
+        at[r] += CHUNK_BYTES;
+        own[r] = spread_scale(scale[r], in_batch);
+      }
+      dots_chunk<M, R>(v, own, total, xc, masks);
+      xc += M * (PLANES * S * L + EXTRA);
+      c++;
+    };
+    const int whole = w.k / CHUNK - c < LANES ? w.k / CHUNK - c : LANES;
+    if (LANES <= 8 && whole == LANES) {
+#pragma GCC unroll 8
+      for (int i = 0; i < LANES; i++) chunk(i, [](const uint8_t* p) { return spread(p); });
+    } else {
+      for (int i = 0; i < whole; i++) chunk(i, [](const uint8_t* p) { return spread(p); });
+      if (whole < LANES && c < x.chunks) {
+        const i64 rest = bytes - (i64)c * CHUNK_BYTES;
+        chunk(whole, [rest](const uint8_t* p) { return spread_some(p, rest); });
+      }
+    }
+  }
+}
+
+// Two rows at once share the loads of x. They are far apart, so that each is the next part
+// of a stream to the memory's prefetchers.
+template <int M>
+static void dots(const Matrix& w, const Packed& x, const Output& out, int first, int end) {
+  constexpr int R = M * PLANES <= 8 && L >= 8 ? 2 : 1;
+  const int blocks = (end - first + L - 1) / L, apart = (blocks + R - 1) / R * L;
+  alignas(64) float lanes[R][M][L * L];
+  for (int n = first; n < first + apart; n += L) {
+    for (int i = 0; i < L; i++) {
+      i64 row[R];
+      F total[R][M];
+      for (int r = 0; r < R; r++) {
+        row[r] = n + i + r * apart < w.n ? n + i + r * apart : w.n - 1;
+        for (int m = 0; m < M; m++) total[r][m] = zero_f();
+      }
+      if (n + i < w.n) dots_rows<M, R>(w, row, x, total);
+      for (int r = 0; r < R; r++)
+        for (int m = 0; m < M; m++) store_f(&lanes[r][m][i * L], total[r][m]);
+    }
+    for (int r = 0; r < R; r++) {
+      const int at = n + r * apart;
+      for (int m = 0; m < x.m && at < end; m++) {
+        V v[L];
+        for (int i = 0; i < L; i++) v[i] = as_v(load_f(&lanes[r][m][i * L]));
+        transpose(v);
+        F y = as_f(v[0]);
+        for (int i = 1; i < L; i++) y = add(y, as_f(v[i]));
+        write_values(out.y, out.row(m) * out.stride + at, y, out.type, w.n - at, out.bias, at);
+      }
+    }
+  }
+}
+
+// ---- many rows ------------------------------------------------------------------
+
+template <int J, int I>
+INLINE void bring_step(const V (&w)[L], uint32_t* out, const Masks& masks) {
+  if constexpr (I < S) {
+    store(out + (J * S + I) * TILE_ROWS, masks.take(right<offset_of(J) + I * BITS>(w[J])));
+    bring_step<J, I + 1>(w, out, masks);
+  }
+}
+
+template <int J>
+INLINE void bring_lane(const V (&w)[L], uint32_t* out, const Masks& masks) {
+  if constexpr (J < L) {
+    bring_step<J, 0>(w, out, masks);
+    bring_lane<J + 1>(w, out, masks);
+  }
+}
+
+// The codes of TILE_ROWS rows from `first` and TILE_CODES columns from `k`: [pair][row].
+static void bring(const Matrix& w, int first, int k, uint32_t* out) {
+  const Masks masks;
+  const i64 bytes = (i64)w.k * BITS / 8;
+  for (int column = 0; column < COLUMNS; column++)
+    for (int c = 0; c < TILE_CODES / CHUNK && k + c * CHUNK < w.k; c++) {
+      const i64 at = (i64)(k + c * CHUNK) * BITS / 8;
+      const bool whole = at + CHUNK_BYTES <= bytes;
+      V r[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; i++) {
+        const int n = first + column * L + i;
+        const uint8_t* p = w.row(n < w.n ? n : w.n - 1) + at;
+        r[i] = whole ? spread(p) : spread_some(p, bytes - at);
+        fetch(p + TILE_CODES * BITS / 8);  // the next part
+      }
+      transpose(r);
+      bring_lane<0>(r, out + c * (CHUNK / 2) * TILE_ROWS + column * L, masks);
+    }
+}
+
+// Scales or biases of TILE_ROWS rows: [group][row].
+static void turn_parts(const Matrix& w, const void* p, i64 stride, int first, float* out) {
+  const int groups = w.groups();
+  for (int column = 0; column < COLUMNS; column++)
+    for (int g = 0; g < groups; g += L) {
+      V r[L];
+      for (int i = 0; i < L; i++) {
+        const i64 n = first + column * L + i < w.n ? first + column * L + i : w.n - 1;
+        r[i] = as_v(parts_at(p, n * stride, g, groups, w.part_type));
+      }
+      transpose(r);
+      for (int i = 0; i < L && g + i < groups; i++) store(out + (i64)(g + i) * TILE_ROWS + column * L, r[i]);
+    }
+}
+
+// A part of K times ROWS rows of x from `row` of the tile: adds to y [row][column].
+template <int ROWS>
+INLINE void tile_part(const uint32_t* codes, const float* scales, const float* biases, const uint32_t* x, i64 plane, const float* x_scales, const float* sums, int groups, float* y) {
+  for (int g = 0; g < groups; g++) {
+    Sum sum[PLANES][ROWS][COLUMNS];
+#pragma GCC unroll 8
+    for (int m = 0; m < ROWS; m++)
+#pragma GCC unroll 4
+      for (int c = 0; c < COLUMNS; c++)
+#if X == 0
+        sum[0][m][c] = set_f(x_scales[g * MOST + m]);
+#else
+        for (int p = 0; p < PLANES; p++) sum[p][m][c] = zero();
+#endif
+    for (int i = 0; i < GROUP / 2; i++) {
+      V w[COLUMNS];
+#pragma GCC unroll 4
+      for (int c = 0; c < COLUMNS; c++) w[c] = load(codes + c * L);
+#pragma GCC unroll 2
+      for (int p = 0; p < PLANES; p++)
+#pragma GCC unroll 8
+        for (int m = 0; m < ROWS; m++) {
+          const V xv = set((int32_t)x[p * plane + m]);
+#pragma GCC unroll 4
+          for (int c = 0; c < COLUMNS; c++) sum[p][m][c] = dot(sum[p][m][c], w[c], xv);
+        }
+      codes += TILE_ROWS;
+      x += MOST;
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < ROWS; m++)
+#pragma GCC unroll 4
+      for (int c = 0; c < COLUMNS; c++) {
+        float* to = y + m * TILE_ROWS + c * L;
+        F value = value_of(sum[0][m][c]);
+        if constexpr (X == 2) value = fma(value, set_f(32768), value_of(sum[PLANES - 1][m][c]));
+        if constexpr (X != 0) value = mul(value, set_f(x_scales[g * MOST + m]));
+        const F added = fma(load_f(biases + g * TILE_ROWS + c * L), set_f(sums[g * MOST + m]), load_f(to));
+        store_f(to, fma(load_f(scales + g * TILE_ROWS + c * L), value, added));
+      }
+  }
+}
+
+// As many rows of x at a time as registers hold.
+constexpr int REGISTER_ROWS = L == 16 ? (PLANES == 2 ? 4 : 8) : L == 8 ? (PLANES == 2 ? 2 : 4) : 4;
+
+struct Scratch {
+  void* data = nullptr;
+  size_t size = 0;
+  void* get(size_t bytes) {
+    if (bytes > size) {
+      free(data);
+      size = (bytes + 4095) / 4096 * 4096;
+      data = aligned_alloc(64, size);
+      if (!data) size = 0;
+    }
+    return data;
+  }
+  ~Scratch() { free(data); }
+};
+
+static thread_local Scratch own_scratch, call_scratch;
+
+// False where there is no memory.
+static bool tiles(const Matrix& w, const Packed& x, const Output& out, int first) {
+  const int groups = w.groups(), count = x.rows / MOST;
+  const i64 parts = (i64)groups * TILE_ROWS;
+  uint32_t* codes = (uint32_t*)own_scratch.get(
+      sizeof(float) * (TILE_PAIRS * TILE_ROWS + 2 * parts + (i64)x.rows * TILE_ROWS));
+  if (!codes) return false;
+  float* scales = (float*)codes + TILE_PAIRS * TILE_ROWS;
+  float* biases = scales + parts;
+  float* y = biases + parts;
+  turn_parts(w, w.scales, w.scale_stride, first, scales);
+  turn_parts(w, w.biases, w.bias_stride, first, biases);
+  memset(y, 0, sizeof(float) * x.rows * TILE_ROWS);
+  for (int k = 0; k < w.k; k += TILE_CODES) {
+    bring(w, first, k, codes);
+    const int g = k / GROUP;
+    const int now = groups - g < TILE_CODES / GROUP ? groups - g : TILE_CODES / GROUP;
+    for (int t = 0; t < count; t++) {
+      const i64 at = ((i64)t * groups + g) * MOST;
+      for (int m = 0; m < MOST; m += REGISTER_ROWS)
+        tile_part<REGISTER_ROWS>(codes, scales + (i64)g * TILE_ROWS, biases + (i64)g * TILE_ROWS,
+            x.pairs + t * x.tile() + (i64)(k / 2) * MOST + m, x.plane(), x.scales + at + m,
+            x.sums + at + m, now, y + (i64)(t * MOST + m) * TILE_ROWS);
+    }
+  }
+  for (int m = 0; m < x.m; m++)
+    for (int c = 0; c < COLUMNS && first + c * L < w.n; c++)
+      write_values(out.y, out.row(m) * out.stride + first + c * L, load_f(y + (i64)m * TILE_ROWS + c * L),
+                   out.type, w.n - first - c * L, out.bias, first + c * L);
+  return true;
+}
+
+// ---- a call ---------------------------------------------------------------------
+
+constexpr int MOST_ROWS = 1024;  // of x in a job: their sums stay in the second-level cache
+constexpr i64 ITEM_BYTES = 1 << 17;  // of words, for dots
+
+// What a call returns.
+enum { DONE, NOT_HERE, NO_EXPERT, NO_MEMORY };
+
+struct Job {  // one matrix and its rows of x
+  Matrix w;
+  Packed x;
+  Output out;
+  const int32_t* permutation;
+  int first_item, items, item_rows;
+};
+
+struct Call {
+  const void* x;
+  i64 x_stride;
+  int x_type, rows;  // rows of x in all jobs
+  Job* jobs;
+  int count, items;
+  std::atomic<int> next{0}, bad{DONE};
+};
+
+static void pack_row(Call& call, const Job& job, int m) {
+  const int k = job.w.k, padded = job.x.chunks * CHUNK, groups = k / GROUP;
+  float* values = (float*)own_scratch.get(sizeof(float) * (padded + L + 2 * groups) + 2 * PLANES * padded);
+  if (!values) {
+    call.bad = NO_MEMORY;
+    return;
+  }
+  float *scales = values + padded + L, *sums = scales + groups;
+  uint16_t* halves = (uint16_t*)(sums + groups);
+  if (!read_row(values, call.x, job.out.row(m) * call.x_stride, call.x_type, job.permutation, k))
+    call.bad = NOT_HERE;
+  make_halves(halves, padded, scales, sums, values, k);
+  for (int p = 0; p < PLANES; p++) memset(halves + p * padded + k, 0, 2 * (padded - k));
+  (job.x.tiles ? place_for_tiles : place_for_dots)(job.x, m, halves, padded, scales, sums);
+}
+
+static void pack_some(void* data) {
+  Call& call = *(Call*)data;
+  for (;;) {
+    int m = call.next.fetch_add(1), j = 0;
+    if (m >= call.rows) return;
+    while (m >= call.jobs[j].x.m) m -= call.jobs[j++].x.m;
+    pack_row(call, call.jobs[j], m);
+  }
+}
+
+static void multiply_some(void* data) {
+  Call& call = *(Call*)data;
+  int j = 0;
+  for (;;) {
+    const int item = call.next.fetch_add(1);
+    if (item >= call.items) return;
+    while (item >= call.jobs[j].first_item + call.jobs[j].items) j++;
+    const Job& job = call.jobs[j];
+    const int first = (item - job.first_item) * job.item_rows;
+    const int end = first + job.item_rows < job.w.n ? first + job.item_rows : job.w.n;
+    if (job.x.tiles) {
+      if (!tiles(job.w, job.x, job.out, first)) call.bad = NO_MEMORY;
+    } else if (job.x.rows == 1) {
+      dots<1>(job.w, job.x, job.out, first, end);
+    } else if (job.x.rows == 2) {
+      dots<2>(job.w, job.x, job.out, first, end);
+    } else if (job.x.rows == 4) {
+      dots<4>(job.w, job.x, job.out, first, end);
+    } else {
+      dots<8>(job.w, job.x, job.out, first, end);
+    }
+  }
+}
+
+static void plan(Job& job, int m, bool invariant, int threads) {
+  Packed& x = job.x;
+  x.m = m;
+  x.k = job.w.k;
+  x.chunks = (x.k + CHUNK - 1) / CHUNK;
+  x.tiles = invariant || m > MOST;
+  x.rows = x.tiles ? (m + MOST - 1) / MOST * MOST : m > 4 ? 8 : m > 2 ? 4 : m;
+  if (x.tiles) {
+    job.item_rows = TILE_ROWS;
+  } else {
+    const i64 bytes = (i64)x.k * BITS / 8;
+    i64 rows = ITEM_BYTES / (bytes ? bytes : 1), share = job.w.n / (4 * threads);
+    rows = rows < share ? rows : share;
+    job.item_rows = (int)((rows + 2 * L) / (2 * L) * (2 * L));
+  }
+  job.items = (job.w.n + job.item_rows - 1) / job.item_rows;
+}
+
+// All jobs: inputs first, then products.
+static int run(Call& call, int threads) {
+  size_t size = 0;
+  for (int j = 0; j < call.count; j++) {
+    const Packed& x = call.jobs[j].x;
+    size += (x.size() + (x.tiles ? 2 : 1) * x.sums_size() + 31) / 16 * 16;
+  }
+  uint32_t* room = (uint32_t*)call_scratch.get(size * sizeof(float));
+  if (!room) return NO_MEMORY;
+  double work = 0;
+  call.items = call.rows = 0;
+  for (int j = 0; j < call.count; j++) {
+    Job& job = call.jobs[j];
+    Packed& x = job.x;
+    x.pairs = room;
+    x.sums = (float*)room + (x.size() + 15) / 16 * 16;
+    x.scales = x.sums + x.sums_size();
+    // Rows that fill up: zeros.
+    if (x.m < x.rows) memset(room, 0, sizeof(float) * (x.size() + 15 + (x.tiles ? 2 : 1) * x.sums_size()));
+    room += (x.size() + (x.tiles ? 2 : 1) * x.sums_size() + 31) / 16 * 16;
+    job.first_item = call.items;
+    call.items += job.items;
+    call.rows += x.m;
+    work += (double)x.m * job.w.n * job.w.k;
+  }
+  const double inputs = (double)call.rows * call.jobs[0].w.k;
+  parallel(pack_some, &call, inputs < (1 << 15) ? 1 : threads < call.rows ? threads : call.rows);
+  if (call.bad) return call.bad;
+  call.next = 0;
+  parallel(multiply_some, &call, work < (1 << 18) ? 1 : threads < call.items ? threads : call.items);
+  return call.bad;
+}
+
+static const void* shifted(const void* p, i64 elements, int type) {
+  return p ? (const char*)p + elements * size_of(type) : nullptr;
+}
+
+// x [m, k] times each row's matrix [n, k], y [m, n]. Strides of words in words, others in
+// elements. Without ends and owners there is one matrix; `ends` [experts]: rows of expert e
+// end there; `owners` [m]: the expert of each row. NOT_HERE: inputs are not finite, or too
+// large or small for these sums; nothing was written.
+extern "C" int affine_linear(
+    const void* x, i64 x_stride, int x_type, i64 m, const int32_t* permutation,
+    i64 permutation_stride, const void* words, i64 expert_words, i64 word_stride,
+    const void* scales, i64 expert_scales, i64 scale_stride, const void* biases,
+    i64 expert_biases, i64 bias_stride, int part_type, const void* bias, void* y, i64 y_stride,
+    i64 n, i64 k, i64 experts, const i64* ends, const i64* owners, int threads, int invariant) try {
+  Matrix w = {(const uint8_t*)words, scales, biases, word_stride * 4, scale_stride, bias_stride,
+              part_type, (int)n, (int)k};
+  Call call;
+  call.x = x;
+  call.x_stride = x_stride;
+  call.x_type = x_type;
+  if (!ends && !owners && m <= MOST_ROWS) {  // the usual case, without looking for memory
+    Job job = {w, {}, {y, y_stride, x_type, bias, nullptr}, permutation, 0, 0, 0};
+    plan(job, (int)m, invariant, threads);
+    call.jobs = &job;
+    call.count = 1;
+    return run(call, threads);
+  }
+  std::vector<i64> from(experts + 1, 0), order;
+  if (owners) {
+    for (i64 i = 0; i < m; i++) {
+      if (owners[i] < 0 || owners[i] >= experts) return NO_EXPERT;
+      from[owners[i] + 1]++;
+    }
+    for (i64 e = 0; e < experts; e++) from[e + 1] += from[e];
+    std::vector<i64> at(from);
+    order.resize(m);
+    for (i64 i = 0; i < m; i++) order[at[owners[i]]++] = i;
+  } else if (ends) {
+    for (i64 e = 0; e < experts; e++) from[e + 1] = ends[e] > from[e] ? ends[e] < m ? ends[e] : m : from[e];
+    for (i64 i = from[experts]; i < m; i++)
+      memset((char*)y + i * y_stride * size_of(x_type), 0, n * size_of(x_type));
+  } else {
+    from = {0, m};
+  }
+  std::vector<Job> jobs;
+  for (size_t e = 0; e + 1 < from.size(); e++)
+    for (i64 start = from[e]; start < from[e + 1]; start += MOST_ROWS) {
+      const i64 rows = from[e + 1] - start < MOST_ROWS ? from[e + 1] - start : MOST_ROWS;
+      Matrix own = w;
+      own.words += e * expert_words * 4;
+      own.scales = shifted(scales, e * expert_scales, part_type);
+      own.biases = shifted(biases, e * expert_biases, part_type);
+      Output out = {y, y_stride, x_type, bias, owners ? order.data() + start : nullptr};
+      out.first = start;
+      jobs.push_back({own, {}, out, permutation ? permutation + e * permutation_stride : nullptr, 0, 0, 0});
+      plan(jobs.back(), (int)rows, invariant, threads);
+    }
+  if (jobs.empty()) return DONE;
+  call.jobs = jobs.data();
+  call.count = (int)jobs.size();
+  return run(call, threads);
+} catch (const std::bad_alloc&) {
+  return NO_MEMORY;
+}

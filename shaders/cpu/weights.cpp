@@ -1,0 +1,548 @@
+// What makes or reads weights: dequantize, embedding, quantize, and x @ W for few rows of x.
+//
+// The first three give the bits that `layout.py` gives. Results do not depend on the number
+// of threads.
+
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <new>
+#include <vector>
+
+#define X 1
+#include "natural.h"
+#include "threads.h"
+#include "values.h"
+
+struct Matrix {
+  const uint8_t* words;
+  i64 word_stride;  // bytes
+  const void* scales;
+  i64 scale_stride;  // elements
+  const void* biases;
+  i64 bias_stride;
+  int part_type;
+  i64 n, k;
+
+  i64 groups() const { return k / GROUP; }
+  const uint8_t* row(i64 n) const { return words + n * word_stride; }
+};
+
+// Scales or biases of L groups from group g on; those past the last are zero.
+INLINE F parts_at(const void* p, i64 row, i64 g, i64 groups, int type) {
+  if (g + L <= groups) return load_values(p, row + g, type);
+  float some[L] = {};
+  for (i64 i = 0; g + i < groups; i++) some[i] = value_at(p, row + g + i, type);
+  return load_f(some);
+}
+
+// Items 0 to `count` on several threads, each taken by whoever is free.
+template <class Work> static void share(i64 count, int threads, const Work& work) {
+  struct Shared { const Work& work; i64 count; std::atomic<i64> next; } shared = {work, count, {0}};
+  auto body = [](void* data) {
+    Shared& shared = *(Shared*)data;
+    for (i64 i; (i = shared.next.fetch_add(1)) < shared.count;) shared.work(i);
+  };
+  parallel(body, &shared, count < threads ? (int)count : threads);
+}
+
+constexpr i64 ITEM = 1 << 15;   // weights that a thread takes at a time
+constexpr i64 ALONE = 1 << 15;  // weights for which other threads are not woken
+
+// ---- dequantize -----------------------------------------------------------------
+
+constexpr int F64 = 3;  // a type of outputs, beside those of values.h
+
+// Beyond this many bytes, results would only push others out of the caches.
+constexpr i64 STREAM_BYTES = 1 << 24;
+
+// Whether each code * scale + bias needs at most `room` bits, so that it is exact in a float
+// of so many: it is a multiple of the last place of the smaller of both, which have `own`
+// bits, and below 2 ** (top + 2).
+INLINE bool is_exact(float scale, float bias, int own, int room) {
+  int32_t s, b;
+  memcpy(&s, &scale, 4);
+  memcpy(&b, &bias, 4);
+  int top = s >> 23 & 255, low = b >> 23 & 255;
+  if (bias == 0) low = top;
+  if (scale == 0) top = low;
+  const int bottom = top < low ? top : low;
+  top = top + BITS > low ? top + BITS : low;
+  return top - bottom <= room - own - 1;
+}
+
+// Rounds twice unless `exact`: then through float64, as if once.
+template <int TYPE> INLINE F weights_of(V codes, float scale, float bias, bool exact) {
+  if (exact) return fma(to_f(codes), set_f(scale), set_f(bias));
+  return fma_f64<TYPE != 0>(codes, scale, bias);
+}
+
+template <int TYPE, bool STREAM> INLINE void put(void* out, i64 at, V bits) {
+  if constexpr (TYPE == 0) (STREAM ? stream : store)((float*)out + at, bits);
+  else (STREAM ? stream_16 : store_16)((uint16_t*)out + at, bits);
+}
+
+template <int TYPE, bool STREAM> INLINE void put(void* out, i64 at, F v) {
+  if constexpr (TYPE == 1) (STREAM ? stream_half : store_half)((uint16_t*)out + at, v);
+  else put<TYPE, STREAM>(out, at, TYPE == 2 ? to_bf16(v) : as_v(v));
+}
+
+// Where a register has room for all weights that a group can have, codes only choose.
+constexpr bool TABLE = 1 << BITS <= L && GROUP >= 2 * L;
+
+template <int TYPE> INLINE V table_of(float scale, float bias, bool exact) {
+  int32_t codes[L];
+  for (int i = 0; i < L; i++) codes[i] = i & LEVELS;
+  const F v = weights_of<TYPE>(load(codes), scale, bias, exact);
+  if constexpr (TYPE != 1) return TYPE == 2 ? to_bf16(v) : as_v(v);
+  uint16_t halves[L];
+  store_half(halves, v);
+  return load_16(halves);
+}
+
+template <int TYPE, bool STREAM>
+INLINE void bring_group(const uint8_t* p, float scale, float bias, bool exact, void* out) {
+  V table;
+  if constexpr (TABLE && TYPE != F64) table = table_of<TYPE>(scale, bias, exact);
+  auto all = [&](auto write) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+    for (int i = 0; i < GROUP; i += 16) {
+      V codes[HERE];
+      codes_16(p + i / 16 * BYTES_16, codes);
+#pragma GCC unroll 4
+      for (int h = 0; h < HERE; h++) write(i + h * L, codes[h]);
+    }
+  };
+  if constexpr (TYPE == F64)
+    all([&](int at, V codes) { fma_f64((double*)out + at, codes, scale, bias); });
+  else if constexpr (TABLE)
+    all([&](int at, V codes) { put<TYPE, STREAM>(out, at, as_v(choose(as_f(table), codes))); });
+  else if (exact)
+    all([&](int at, V codes) { put<TYPE, STREAM>(out, at, weights_of<TYPE>(codes, scale, bias, true)); });
+  else
+    all([&](int at, V codes) { put<TYPE, STREAM>(out, at, weights_of<TYPE>(codes, scale, bias, false)); });
+}
+
+template <int TYPE> struct Stored { typedef uint16_t type; };
+template <> struct Stored<0> { typedef float type; };
+template <> struct Stored<F64> { typedef double type; };
+
+template <int TYPE, bool STREAM>
+static void bring_row(const Matrix& w, i64 n, void* to, const int32_t* permutation) {
+  typedef typename Stored<TYPE>::type T;
+  T* out = (T*)to;
+  const int own = w.part_type == 0 ? 24 : w.part_type == 1 ? 11 : 8;
+  const uint8_t* p = w.row(n);
+  float scales[L], biases[L];
+  for (i64 g = 0; g < w.groups(); g++, p += GROUP / 16 * BYTES_16) {
+    if (g % L == 0) {
+      store_f(scales, parts_at(w.scales, n * w.scale_stride, g, w.groups(), w.part_type));
+      store_f(biases, parts_at(w.biases, n * w.bias_stride, g, w.groups(), w.part_type));
+    }
+    const float scale = scales[g % L], bias = biases[g % L];
+    const bool exact = is_exact(scale, bias, own, TYPE == 0 ? 53 : 24);
+    if (!permutation) {
+      bring_group<TYPE, STREAM>(p, scale, bias, exact, out + g * GROUP);
+      continue;
+    }
+    T values[GROUP];
+    bring_group<TYPE, false>(p, scale, bias, exact, values);
+    const int32_t* column = permutation + g * GROUP;
+    for (int i = 0; i < GROUP; i++)  // what is no permutation must not lead out of the row
+      if (column[i] >= 0 && column[i] < w.k) out[column[i]] = values[i];
+  }
+}
+
+typedef void (*BringRow)(const Matrix&, i64, void*, const int32_t*);
+
+static BringRow bring_row_of(int type, bool streams) {
+  static constexpr BringRow kept[] = {
+      bring_row<0, false>, bring_row<1, false>, bring_row<2, false>, bring_row<F64, false>};
+  static constexpr BringRow streamed[] = {bring_row<0, true>, bring_row<1, true>, bring_row<2, true>};
+  return streams ? streamed[type] : kept[type];
+}
+
+static i64 out_size(int type) { return type == F64 ? 8 : size_of(type); }
+
+// out [rows, k] = code * scale + bias, rounded once; out_type 3 is float64. Column i comes to
+// permutation[i], if there is one. word_stride in words, others in elements.
+extern "C" int affine_dequantize(
+    const void* words, i64 word_stride, const void* scales, i64 scale_stride,
+    const void* biases, i64 bias_stride, int part_type, const int32_t* permutation, void* out,
+    i64 out_stride, int out_type, i64 rows, i64 k, int threads) {
+  const Matrix w = {(const uint8_t*)words, word_stride * 4, scales, scale_stride,
+                    biases, bias_stride, part_type, rows, k};
+  const i64 size = out_size(out_type);
+  const bool streams = out_type != F64 && !permutation && rows * k * size >= STREAM_BYTES &&
+      ((i64)out | out_stride * size) % (L * size) == 0;
+  const BringRow bring = bring_row_of(out_type, streams);
+  const i64 step = k < ITEM ? ITEM / (k ? k : 1) : 1;
+  share((rows + step - 1) / step, rows * k < ALONE ? 1 : threads, [&](i64 item) {
+    const i64 end = (item + 1) * step < rows ? (item + 1) * step : rows;
+    for (i64 n = item * step; n < end; n++) bring(w, n, (char*)out + n * out_stride * size, permutation);
+    if (streams) streamed();
+  });
+  return 0;
+}
+
+// out [count, k]: rows `ids` (int32, or int64 if `wide`) of a weight of `rows` rows. 1 if an
+// id is none of them: then nothing is written.
+extern "C" int affine_embedding(
+    const void* ids, int wide, i64 count, const void* words, i64 word_stride,
+    const void* scales, i64 scale_stride, const void* biases, i64 bias_stride, int part_type,
+    void* out, i64 out_stride, int out_type, i64 rows, i64 k, int threads) {
+  auto id = [&](i64 i) { return wide ? ((const i64*)ids)[i] : ((const int32_t*)ids)[i]; };
+  for (i64 i = 0; i < count; i++)
+    if (id(i) < 0 || id(i) >= rows) return 1;
+  const Matrix w = {(const uint8_t*)words, word_stride * 4, scales, scale_stride,
+                    biases, bias_stride, part_type, rows, k};
+  const BringRow bring = bring_row_of(out_type, false);
+  const i64 step = k < ITEM ? ITEM / (k ? k : 1) : 1, size = out_stride * out_size(out_type);
+  share((count + step - 1) / step, count * k < ALONE ? 1 : threads, [&](i64 item) {
+    const i64 end = (item + 1) * step < count ? (item + 1) * step : count;
+    for (i64 i = item * step; i < end; i++) bring(w, id(i), (char*)out + i * size, nullptr);
+  });
+  return 0;
+}
+
+// ---- quantize -------------------------------------------------------------------
+
+// Of L groups, whose L lanes each are in `lanes`: the result of all lanes of a group.
+template <class Op> INLINE F of_groups(const float* lanes, Op op) {
+  V r[L];
+#pragma GCC unroll 16
+  for (int i = 0; i < L; i++) r[i] = as_v(load_f(lanes + i * L));
+  transpose(r);
+  F result = as_f(r[0]);
+#pragma GCC unroll 16
+  for (int i = 1; i < L; i++) result = op(result, as_f(r[i]));
+  return result;
+}
+
+// The end of the range that is further from zero is met exactly, and zero too, if within
+// reach. At one bit the codes are the smallest and the largest weight.
+static void scale_and_bias(const float* low, const float* high, float* scale, float* bias) {
+  for (int i = 0; i < L; i++) {
+    float s = (high[i] - low[i]) / (float)LEVELS;
+    s = s < 1e-7f ? 1e-7f : s;
+    if constexpr (BITS == 1) {
+      scale[i] = s;
+      bias[i] = low[i];
+    } else {
+      const bool from_low = fabsf(low[i]) > fabsf(high[i]);
+      const float edge = from_low ? low[i] : high[i];
+      s = from_low ? s : -s;
+      const float steps = rintf(edge / s), some = steps == 0 ? 1 : steps, met = edge / some;
+      scale[i] = steps == 0 ? s : met;
+      bias[i] = steps == 0 ? 0 : edge;
+    }
+  }
+}
+
+// Up to L groups of a row from element `at` on. `zeros` is NaN from the first value on that
+// is not finite.
+template <int TYPE>
+static void quantize_groups(const void* w, i64 at, int count, uint8_t* words, void* scales, void* biases, i64 group, F& zeros) {
+  alignas(64) float lows[L * L] = {}, highs[L * L] = {};
+  alignas(64) float low[L], high[L], scale[L], bias[L];
+  for (int g = 0; g < count; g++) {
+    F least = load_values(w, at + g * GROUP, TYPE), most = least;
+    zeros = fma(least, zero_f(), zeros);
+#pragma GCC unroll 4
+    for (int i = L; i < GROUP; i += L) {
+      const F v = load_values(w, at + g * GROUP + i, TYPE);
+      least = min_f(least, v);
+      most = max_f(most, v);
+      zeros = fma(v, zero_f(), zeros);
+    }
+    store_f(lows + g * L, least);
+    store_f(highs + g * L, most);
+  }
+  store_f(low, of_groups(lows, min_f));
+  store_f(high, of_groups(highs, max_f));
+  if constexpr (BITS == 1)  // of zeros with both signs, the first counts
+    for (int g = 0; g < count; g++)
+      for (int i = 0; low[g] == 0 && i < GROUP; i++) {
+        const float v = value_at(w, at + g * GROUP + i, TYPE);
+        if (v == 0) { low[g] = v; break; }
+      }
+  scale_and_bias(low, high, scale, bias);
+  uint16_t some[2 * L];
+  for (int part = 0; part < 2; part++) {
+    const F v = load_f(part ? bias : scale);
+    write_values(part ? biases : scales, group, v, TYPE, count, nullptr, 0);
+    store_values(some, 0, v, TYPE);
+    zeros = fma(load_values(some, 0, TYPE), zero_f(), zeros);
+  }
+  alignas(64) uint8_t codes[L * GROUP + 48];
+  for (int g = 0; g < count; g++) {
+    const F s = set_f(scale[g]), b = set_f(bias[g]);
+#pragma GCC unroll 4
+    for (int i = 0; i < GROUP; i += L) {
+      F v = div(sub(load_values(w, at + g * GROUP + i, TYPE), b), s);
+      v = min_f(max_f(v, zero_f()), set_f(LEVELS));
+      store_8(codes + g * GROUP + i, to_v(v));
+    }
+  }
+  fold(words, codes, count * GROUP);
+}
+
+template <int TYPE>
+static bool quantize_row(const void* w, i64 at, uint8_t* words, void* scales, void* biases, i64 group, i64 groups) {
+  F zeros = zero_f();
+  for (i64 g = 0; g < groups; g += L) {
+    const int count = groups - g < L ? (int)(groups - g) : L;
+    quantize_groups<TYPE>(w, at + g * GROUP, count, words + g * (GROUP / 16) * BYTES_16, scales, biases, group + g, zeros);
+  }
+  float lanes[L];
+  store_f(lanes, zeros);
+  bool finite = true;
+  for (int i = 0; i < L; i++) finite &= lanes[i] == 0;
+  return finite;
+}
+
+// w [rows, k] to words, scales and biases (of w's type), all without gaps. 1 if a weight, a
+// scale or a bias is not finite.
+extern "C" int affine_quantize(
+    const void* w, int type, i64 row_stride, void* words, void* scales, void* biases,
+    i64 rows, i64 k, int threads) {
+  const auto quantize = type == 0 ? quantize_row<0> : type == 1 ? quantize_row<1> : quantize_row<2>;
+  const i64 step = k < ITEM ? ITEM / (k ? k : 1) : 1, groups = k / GROUP;
+  std::atomic<int> bad{0};
+  share((rows + step - 1) / step, rows * k < ALONE ? 1 : threads, [&](i64 item) {
+    const i64 end = (item + 1) * step < rows ? (item + 1) * step : rows;
+    for (i64 n = item * step; n < end && !bad; n++)
+      if (!quantize(w, n * row_stride, (uint8_t*)words + n * k / 16 * BYTES_16, scales, biases, n * groups, groups))
+        bad = 1;
+  });
+  return bad;
+}
+
+// ---- x @ W ----------------------------------------------------------------------
+
+// A row of W is read once for up to 8 rows of x; 4 rows of W at a time are added to sums in
+// the caches. Sums begin anew every RUN rows: so their errors stay small. What a thread does
+// is a part of W's rows and a block of its columns.
+constexpr int MOST = 8;     // rows of x at a time
+constexpr int ROWS = 4;     // rows of W at a time
+constexpr int RUN = 256;    // rows of W
+constexpr int PARTS = 16;   // of W's rows, at most
+constexpr i64 BATCH = (i64)L * GROUP;
+constexpr i64 BLOCK = BATCH < 1024 ? 1024 / BATCH * BATCH : BATCH;
+constexpr i64 SUMS_BYTES = 1 << 24;
+
+struct Chunk {  // up to MOST rows of x, and their matrix
+  Matrix w;
+  const i64* order;  // rows of x and y, or null: from `first` on
+  i64 first;
+  int m;
+
+  i64 row(int i) const { return order ? order[i] : first + i; }
+};
+
+struct Product {
+  const void* x;
+  i64 x_stride;
+  void* y;
+  i64 y_stride;
+  int type;
+};
+
+struct Scratch {
+  void* data = nullptr;
+  size_t size = 0;
+  float* get(size_t floats) {
+    if (floats > size) {
+      free(data);
+      size = (floats + 1023) / 1024 * 1024;
+      data = aligned_alloc(64, size * sizeof(float));
+      if (!data) { size = 0; throw std::bad_alloc(); }
+    }
+    return (float*)data;
+  }
+  ~Scratch() { free(data); }
+};
+
+static thread_local Scratch call_scratch;
+
+// The column of lane `j`, half `h` and step `i` within a chunk.
+constexpr int column_of(int j, int h, int i) {
+  const Pair pair = pair_of(j % (16 / U) * S + i);
+  return j * U / 16 * 16 + (h ? pair.high : pair.low);
+}
+
+template <int H, int I, int M>
+INLINE void add_step(const V (&words)[ROWS], const F (&scale)[ROWS], const F (&bias)[ROWS], const float* x, float* sums, i64 stride) {
+  if constexpr (I < S) {
+    F w[ROWS];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++)
+      w[r] = fma(to_f(both(right<16 * H + I * BITS>(words[r]), set(LEVELS))), scale[r], bias[r]);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      F sum = load_f(sums + m * stride + (H * S + I) * L);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; r++) sum = fma(set_f(x[m * RUN + r]), w[r], sum);
+      store_f(sums + m * stride + (H * S + I) * L, sum);
+    }
+    add_step<H, I + 1, M>(words, scale, bias, x, sums, stride);
+  }
+}
+
+// `live` rows of W from row n on, columns from k to end, times x [m][RUN], added to sums
+// [m][stride], in the order in which codes come out of words.
+template <int M>
+static void add_rows(const Matrix& w, i64 n, int live, i64 k, i64 end, const float* x, float* sums, i64 stride) {
+  const i64 bytes = w.k / 16 * BYTES_16;
+  i64 at = k / 16 * BYTES_16;
+  const uint8_t* row[ROWS];
+  for (int r = 0; r < ROWS; r++) row[r] = w.row(r < live ? n + r : n);
+  for (; k < end; k += BATCH) {
+    F scales[ROWS], biases[ROWS];
+    for (int r = 0; r < ROWS; r++) {
+      scales[r] = biases[r] = zero_f();
+      if (r >= live) continue;
+      scales[r] = parts_at(w.scales, (n + r) * w.scale_stride, k / GROUP, w.groups(), w.part_type);
+      biases[r] = parts_at(w.biases, (n + r) * w.bias_stride, k / GROUP, w.groups(), w.part_type);
+    }
+    for (int c = 0; c < LANES && k + c * CHUNK < end; c++, at += CHUNK_BYTES, sums += CHUNK) {
+      V words[ROWS];
+      F scale[ROWS], bias[ROWS];
+      const bool whole = at + CHUNK_BYTES <= bytes;
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; r++) {
+        words[r] = right_in_lanes<0>(whole ? spread(row[r] + at) : spread_some(row[r] + at, bytes - at));
+        scale[r] = spread_scale(scales[r], c);
+        bias[r] = spread_scale(biases[r], c);
+      }
+      add_step<0, 0, M>(words, scale, bias, x, sums, stride);
+      add_step<1, 0, M>(words, scale, bias, x, sums, stride);
+    }
+  }
+}
+
+static void add_rows(int m, const Matrix& w, i64 n, int live, i64 k, i64 end, const float* x, float* sums, i64 stride) {
+  const auto add = m == 1 ? add_rows<1> : m == 2 ? add_rows<2> : m <= 4 ? add_rows<4> : add_rows<8>;
+  add(w, n, live, k, end, x, sums, stride);
+}
+
+static i64 padded(i64 columns) { return (columns + CHUNK - 1) / CHUNK * CHUNK; }
+
+// Rows n to n_end of W, columns k to k_end: to sums [MOST][stride].
+static void multiply_part(const Product& p, const Chunk& chunk, i64 n, i64 n_end, i64 k, i64 k_end, float* sums, i64 stride) {
+  alignas(64) float x[MOST * RUN], own[MOST * BLOCK];
+  const i64 columns = padded(k_end - k);
+  for (bool first = true; n < n_end; n += RUN, first = false) {
+    const int rows = n_end - n < RUN ? (int)(n_end - n) : RUN;
+    memset(x, 0, sizeof(x));
+    for (int m = 0; m < chunk.m; m++)
+      values_at(x + m * RUN, p.x, chunk.row(m) * p.x_stride + n, rows, p.type);
+    float* to = first ? sums : own;
+    const i64 to_stride = first ? stride : BLOCK;
+    for (int m = 0; m < MOST; m++) memset(to + m * to_stride, 0, columns * sizeof(float));
+    for (int r = 0; r < rows; r += ROWS)
+      add_rows(chunk.m, chunk.w, n + r, rows - r < ROWS ? rows - r : ROWS, k, k_end, x + r, to, to_stride);
+    if (first) continue;
+    for (int m = 0; m < chunk.m; m++)
+      for (i64 i = 0; i < columns; i += L)
+        store_f(sums + m * stride + i, add(load_f(sums + m * stride + i), load_f(own + m * BLOCK + i)));
+  }
+}
+
+// The sums of all parts, added and put in order, to y.
+static void write_block(const Product& p, const Chunk& chunk, const float* sums, i64 parts, i64 stride, i64 k, i64 k_end) {
+  float values[CHUNK];
+  for (int m = 0; m < chunk.m; m++)
+    for (i64 c = k; c < k_end; c += CHUNK) {
+      for (int step = 0; step < U; step++) {
+        F sum = zero_f();
+        for (i64 part = 0; part < parts; part++)
+          sum = add(sum, load_f(sums + (part * MOST + m) * stride + c + step * L));
+        float lanes[L];
+        store_f(lanes, sum);
+        for (int j = 0; j < L; j++) values[column_of(j, step / S, step % S)] = lanes[j];
+      }
+      for (i64 i = 0; i < CHUNK && c + i < k_end; i += L)
+        store_values(p.y, chunk.row(m) * p.y_stride + c + i, load_f(values + i), p.type);
+    }
+}
+
+// Some chunks at a time, so that the sums of their parts have room. All have the same shape.
+static void multiply(const Product& p, const Chunk* chunks, i64 count, int threads) {
+  if (!count) return;
+  const i64 n = chunks[0].w.n, k = chunks[0].w.k, stride = padded(k);
+  const i64 runs = (n + RUN - 1) / RUN, rows = RUN * ((runs + PARTS - 1) / PARTS);
+  const i64 parts = n ? (n + rows - 1) / rows : 0, blocks = (k + BLOCK - 1) / BLOCK;
+  const i64 own = parts * MOST * stride;
+  i64 most = own ? SUMS_BYTES / 4 / own : count;
+  most = most < 1 ? 1 : most < count ? most : count;
+  float* sums = call_scratch.get(own * most);
+  for (; count > 0; count -= most, chunks += most) {
+    const i64 now = count < most ? count : most;
+    const int some = now * MOST * n * k < ALONE ? 1 : threads;
+    share(now * parts * blocks, some, [&](i64 item) {
+      const i64 block = item % blocks, part = item / blocks % parts, c = item / blocks / parts;
+      const i64 end = (part + 1) * rows < n ? (part + 1) * rows : n, first = block * BLOCK;
+      multiply_part(p, chunks[c], part * rows, end, first, first + BLOCK < k ? first + BLOCK : k,
+                    sums + c * own + part * MOST * stride + first, stride);
+    });
+    share(now * blocks, some, [&](i64 item) {
+      const i64 first = item % blocks * BLOCK;
+      write_block(p, chunks[item / blocks], sums + item / blocks * own, parts, stride, first,
+                  first + BLOCK < k ? first + BLOCK : k);
+    });
+  }
+}
+
+// y [m, k] = x [m, n] times W [n, k]. y has the type of x. word_stride in words, others in
+// elements. 0: done, 3: no memory.
+extern "C" int affine_matmul(
+    const void* x, i64 x_stride, int x_type, i64 m, const void* words, i64 word_stride,
+    const void* scales, i64 scale_stride, const void* biases, i64 bias_stride, int part_type,
+    void* y, i64 y_stride, i64 n, i64 k, int threads) try {
+  const Matrix w = {(const uint8_t*)words, word_stride * 4, scales, scale_stride,
+                    biases, bias_stride, part_type, n, k};
+  std::vector<Chunk> chunks;
+  for (i64 i = 0; i < m; i += MOST) chunks.push_back({w, nullptr, i, (int)(m - i < MOST ? m - i : MOST)});
+  multiply({x, x_stride, y, y_stride, x_type}, chunks.data(), (i64)chunks.size(), threads);
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 3;
+}
+
+// The same with the matrix of each row's expert: `ends` [experts]: rows of expert e end there,
+// those after the last give zeros; or `owners` [m]: the expert of each row. 2: one is none.
+extern "C" int affine_grouped_matmul(
+    const void* x, i64 x_stride, int x_type, i64 m, const void* words, i64 expert_words,
+    i64 word_stride, const void* scales, i64 expert_scales, i64 scale_stride,
+    const void* biases, i64 expert_biases, i64 bias_stride, int part_type, void* y,
+    i64 y_stride, i64 n, i64 k, i64 experts, const i64* ends, const i64* owners, int threads) try {
+  std::vector<i64> from(experts + 1, 0), order;
+  if (owners) {
+    for (i64 i = 0; i < m; i++) {
+      if (owners[i] < 0 || owners[i] >= experts) return 2;
+      from[owners[i] + 1]++;
+    }
+    for (i64 e = 0; e < experts; e++) from[e + 1] += from[e];
+    std::vector<i64> at(from);
+    order.resize(m);
+    for (i64 i = 0; i < m; i++) order[at[owners[i]]++] = i;
+  } else {
+    for (i64 e = 0; e < experts; e++) from[e + 1] = ends[e] > from[e] ? ends[e] < m ? ends[e] : m : from[e];
+    for (i64 i = from[experts]; i < m; i++)
+      memset((char*)y + i * y_stride * size_of(x_type), 0, k * size_of(x_type));
+  }
+  const i64 size = size_of(part_type);
+  std::vector<Chunk> chunks;
+  for (i64 e = 0; e < experts; e++) {
+    const Matrix w = {(const uint8_t*)words + e * expert_words * 4, word_stride * 4,
+                      (const char*)scales + e * expert_scales * size, scale_stride,
+                      (const char*)biases + e * expert_biases * size, bias_stride, part_type, n, k};
+    for (i64 i = from[e]; i < from[e + 1]; i += MOST)
+      chunks.push_back({w, owners ? order.data() + i : nullptr, i, (int)(from[e + 1] - i < MOST ? from[e + 1] - i : MOST)});
+  }
+  multiply({x, x_stride, y, y_stride, x_type}, chunks.data(), (i64)chunks.size(), threads);
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 3;
+}
