@@ -126,20 +126,35 @@ INLINE V spread(const uint8_t* p) {
 }
 #endif
 
+struct Lanes {
+  alignas(64) int32_t at[L];
+};
+
+constexpr Lanes offsets(int more) {
+  Lanes lanes{};
+  for (int j = 0; j < L; j++) lanes.at[j] = offset_of(j) + more;
+  return lanes;
+}
+
 // Lane j moved right by its offset and N: what `right<offset_of(j) + N>` is for turned words.
 template <int N> INLINE V right_in_lanes(V v) {
   if constexpr (BITS != 3 && BITS != 5 && BITS != 6) return right<N>(v);
-  int32_t by[L];
-  for (int j = 0; j < L; j++) by[j] = offset_of(j) + N;
-  return right_by(v, load(by));
+  static constexpr Lanes by = offsets(N);
+  return right_by(v, load(by.at));
+}
+
+constexpr Lanes groups_of_lanes() {
+  Lanes lanes{};
+  for (int j = 0; j < L; j++) lanes.at[j] = LANES < L ? j / LANES : 0;
+  return lanes;
 }
 
 // Of the values of L groups, in each lane that of its group, for chunk c of their LANES.
 INLINE F spread_scale(F values, int c) {
   if constexpr (LANES == 1) return values;
-  int32_t group[L];
-  for (int j = 0; j < L; j++) group[j] = LANES >= L ? 0 : j / (LANES < L ? LANES : 1);
-  return choose(values, plus(load(group), set(LANES >= L ? c / (LANES / L > 0 ? LANES / L : 1) : c * (L / LANES))));
+  static constexpr Lanes own = groups_of_lanes();
+  constexpr int chunks = LANES > L ? LANES / L : 1, groups = LANES < L ? L / LANES : 1;
+  return choose(values, plus(load(own.at), set(c / chunks * groups)));
 }
 
 // The same where fewer bytes are left: the rest counts as zeros.

@@ -1,6 +1,6 @@
 // x @ W.T for packed W, of one matrix or of each row's expert.
 //
-// Few rows of x (up to 8): "dots". Lanes are places along K, rows of W are read from front
+// One or two rows of x: "dots". Lanes are places along K, rows of W are read from front
 // to back, which is what memory is fastest at, and their words go straight into products.
 // More rows: "tiles". Lanes are rows of W; a part of 32 of them is brought out of the words
 // once, into the first-level cache, and multiplied with 8 rows of x at a time.
@@ -9,11 +9,7 @@
 // sum of the group's inputs) come in afterwards, in float32. Sums do not depend on the
 // number of threads.
 
-#include <atomic>
-#include <cmath>
 #include <cstdlib>
-#include <new>
-#include <vector>
 
 #include "codes.h"
 #include "threads.h"
@@ -44,20 +40,23 @@ struct Output {
   i64 row(i64 m) const { return order ? order[m] : first + m; }
 };
 
-constexpr int MOST = 8;            // rows of x that "dots" take, and of a tile
+constexpr int FEWEST = 2;          // rows of x that dots take at most
+constexpr int MOST = 8;            // rows of x in a tile
 constexpr int AHEAD = 4096;        // bytes of a row's words that are fetched before their turn
 constexpr int PARTS_AHEAD = 1024;  // the same of scales and biases
 constexpr int EXTRA = L;           // floats that go with a chunk, see Packed
 constexpr int TILE_CODES = 256;    // of K, brought out at a time
 constexpr int TILE_PAIRS = TILE_CODES / 2;
 constexpr int TILE_ROWS = COLUMNS * L;
+constexpr int TILE_PLANE = TILE_PAIRS * MOST;
 static_assert(TILE_CODES % CHUNK == 0 && TILE_CODES % GROUP == 0, "tiles");
 
 // ---- inputs, in the order of the products ---------------------------------------
 
 // For dots: [chunk][row][plane][step][lane] pairs of 16 bits, then for each chunk and row
-// L floats: the sums' beginnings (X == 0) or the inputs' scales. For tiles:
-// [tile][plane][pair][row], where those floats are one for each row and group.
+// L floats: the sums' beginnings (X == 0) or the inputs' scales. For tiles, each part of K
+// of all of them in turn: [part][tile][plane][pair][row], and those floats are one for each
+// row and group.
 struct Packed {
   uint32_t* pairs;
   float* sums;    // of a group's inputs: dots [batch][row][L], tiles [tile][group][row]
@@ -67,9 +66,10 @@ struct Packed {
   bool tiles;
 
   i64 per_chunk() const { return (i64)rows * (PLANES * S * L + EXTRA); }
-  i64 plane() const { return (i64)(chunks * CHUNK / 2) * MOST; }
-  i64 tile() const { return plane() * PLANES; }
-  i64 size() const { return tiles ? tile() * (rows / MOST) : per_chunk() * chunks; }
+  i64 tile_part(i64 tile, i64 part) const { return (part * (rows / MOST) + tile) * PLANES * TILE_PLANE; }
+  i64 size() const {
+    return tiles ? tile_part(0, (k + TILE_CODES - 1) / TILE_CODES) : per_chunk() * chunks;
+  }
   int batches() const { return (k / GROUP + L - 1) / L; }
   i64 sums_size() const { return (i64)rows * (tiles ? k / GROUP : batches() * L); }
 };
@@ -206,11 +206,13 @@ static void place_for_dots(const Packed& to, int m, const uint16_t* in, i64 plan
 static void place_for_tiles(const Packed& to, int m, const uint16_t* in, i64 plane, const float* scales, const float* sums) {
   const int tile = m / MOST, row = m % MOST, groups = to.k / GROUP;
   for (int p = 0; p < PLANES; p++, in += plane) {
-    uint32_t* out = to.pairs + tile * to.tile() + p * to.plane() + row;
-    for (int i = 0; i < to.k; i += 16, out += 8 * MOST)
+    for (int i = 0; i < to.k; i += 16) {
+      uint32_t* out = to.pairs + to.tile_part(tile, i / TILE_CODES) + p * TILE_PLANE +
+                      (i % TILE_CODES / 2) * MOST + row;
 #pragma GCC unroll 8
       for (int j = 0; j < 8; j++)
         out[j * MOST] = in[i + pair_of(j).low] | ((uint32_t)in[i + pair_of(j).high] << 16);
+    }
   }
   for (int g = 0; g < groups; g++) {
     const i64 at = ((i64)tile * groups + g) * MOST + row;
@@ -333,7 +335,7 @@ INLINE void dots_rows(const Matrix& w, const i64 (&row)[R], const Packed& x, F (
 // of a stream to the memory's prefetchers.
 template <int M>
 static void dots(const Matrix& w, const Packed& x, const Output& out, int first, int end) {
-  constexpr int R = M * PLANES <= 8 && L >= 8 ? 2 : 1;
+  constexpr int R = L >= 8 ? 2 : 1;
   const int blocks = (end - first + L - 1) / L, apart = (blocks + R - 1) / R * L;
   alignas(64) float lanes[R][M][L * L];
   for (int n = first; n < first + apart; n += L) {
@@ -380,7 +382,9 @@ INLINE void bring_lane(const V (&w)[L], uint32_t* out, const Masks& masks) {
   }
 }
 
-// The codes of TILE_ROWS rows from `first` and TILE_CODES columns from `k`: [pair][row].
+// TILE_CODES columns from `k` of TILE_ROWS rows from `first`: their codes [pair][row], or
+// the words that hold them [lane][row].
+template <bool CODES>
 static void bring(const Matrix& w, int first, int k, uint32_t* out) {
   const Masks masks;
   const i64 bytes = (i64)w.k * BITS / 8;
@@ -394,10 +398,14 @@ static void bring(const Matrix& w, int first, int k, uint32_t* out) {
         const int n = first + column * L + i;
         const uint8_t* p = w.row(n < w.n ? n : w.n - 1) + at;
         r[i] = whole ? spread(p) : spread_some(p, bytes - at);
-        fetch(p + TILE_CODES * BITS / 8);  // the next part
       }
       transpose(r);
-      bring_lane<0>(r, out + c * (CHUNK / 2) * TILE_ROWS + column * L, masks);
+      if constexpr (CODES) {
+        bring_lane<0>(r, out + c * (CHUNK / 2) * TILE_ROWS + column * L, masks);
+      } else {
+#pragma GCC unroll 16
+        for (int j = 0; j < L; j++) store(out + (c * L + j) * TILE_ROWS + column * L, r[j]);
+      }
     }
 }
 
@@ -416,10 +424,53 @@ static void turn_parts(const Matrix& w, const void* p, i64 stride, int first, fl
     }
 }
 
-// A part of K times ROWS rows of x from `row` of the tile: adds to y [row][column].
+// One pair of codes of each row of W times ROWS rows of x.
 template <int ROWS>
-INLINE void tile_part(const uint32_t* codes, const float* scales, const float* biases, const uint32_t* x, i64 plane, const float* x_scales, const float* sums, int groups, float* y) {
+INLINE void tile_pair(const V (&w)[COLUMNS], const uint32_t* x, Sum (&sum)[PLANES][ROWS][COLUMNS]) {
+#pragma GCC unroll 2
+  for (int p = 0; p < PLANES; p++)
+#pragma GCC unroll 8
+    for (int m = 0; m < ROWS; m++) {
+      const V xv = set((int32_t)x[p * TILE_PLANE + m]);
+#pragma GCC unroll 4
+      for (int c = 0; c < COLUMNS; c++) sum[p][m][c] = dot(sum[p][m][c], w[c], xv);
+    }
+}
+
+// Lanes of words whose offsets differ.
+constexpr int OFFSETS = BITS == 5 ? 4 : BITS == 3 || BITS == 6 ? 2 : 1;
+
+// The codes of OFFSETS lanes, from lane J and step I on.
+template <int J, int I, int ROWS>
+INLINE void tile_words(const uint32_t* words, const uint32_t* x, Sum (&sum)[PLANES][ROWS][COLUMNS], const Masks& masks) {
+  if constexpr (J < OFFSETS) {
+    V w[COLUMNS];
+#pragma GCC unroll 4
+    for (int c = 0; c < COLUMNS; c++)
+      w[c] = masks.take(right<offset_of(J) + I * BITS>(load(words + J * TILE_ROWS + c * L)));
+    tile_pair<ROWS>(w, x + (J * S + I) * MOST, sum);
+    tile_words<I + 1 < S ? J : J + 1, I + 1 < S ? I + 1 : 0, ROWS>(words, x, sum, masks);
+  }
+}
+
+// What is brought next, a group's share of it: all at once, fetches would wait for each
+// other.
+INLINE void fetch_rows(const Matrix& w, int first, int k, int g) {
+  constexpr int BYTES = TILE_CODES * BITS / 8;
+  constexpr int SHARE = TILE_ROWS * GROUP / TILE_CODES > 0 ? TILE_ROWS * GROUP / TILE_CODES : 1;
+  for (int r = g * SHARE; r < g * SHARE + SHARE; r++) {
+    const int n = first + r < w.n ? first + r : w.n - 1;
+    const uint8_t* p = w.row(n) + (i64)k * BITS / 8 + BYTES;
+    for (int i = 0; i < BYTES; i += 64) fetch(p + i);
+  }
+}
+
+// A part of K, as `bring` brought it, times ROWS rows of x: adds to y [row][column].
+template <bool CODES, int ROWS>
+INLINE void tile_part(const uint32_t* w, const float* scales, const float* biases, const uint32_t* x, const float* x_scales, const float* sums, int groups, float* y, const Matrix* ahead, int first, int k) {
+  const Masks masks;
   for (int g = 0; g < groups; g++) {
+    if (ahead) fetch_rows(*ahead, first, k, g);
     Sum sum[PLANES][ROWS][COLUMNS];
 #pragma GCC unroll 8
     for (int m = 0; m < ROWS; m++)
@@ -430,37 +481,37 @@ INLINE void tile_part(const uint32_t* codes, const float* scales, const float* b
 #else
         for (int p = 0; p < PLANES; p++) sum[p][m][c] = zero();
 #endif
-    for (int i = 0; i < GROUP / 2; i++) {
-      V w[COLUMNS];
+    if constexpr (CODES) {
+      for (int i = 0; i < GROUP / 2; i++, w += TILE_ROWS, x += MOST) {
+        V codes[COLUMNS];
 #pragma GCC unroll 4
-      for (int c = 0; c < COLUMNS; c++) w[c] = load(codes + c * L);
-#pragma GCC unroll 2
-      for (int p = 0; p < PLANES; p++)
-#pragma GCC unroll 8
-        for (int m = 0; m < ROWS; m++) {
-          const V xv = set((int32_t)x[p * plane + m]);
-#pragma GCC unroll 4
-          for (int c = 0; c < COLUMNS; c++) sum[p][m][c] = dot(sum[p][m][c], w[c], xv);
-        }
-      codes += TILE_ROWS;
-      x += MOST;
+        for (int c = 0; c < COLUMNS; c++) codes[c] = load(w + c * L);
+        tile_pair<ROWS>(codes, x, sum);
+      }
+    } else {
+      for (int j = 0; j < LANES; j += OFFSETS, w += OFFSETS * TILE_ROWS, x += OFFSETS * S * MOST)
+        tile_words<0, 0, ROWS>(w, x, sum, masks);
     }
-#pragma GCC unroll 8
-    for (int m = 0; m < ROWS; m++)
 #pragma GCC unroll 4
-      for (int c = 0; c < COLUMNS; c++) {
+    for (int c = 0; c < COLUMNS; c++) {
+      const F scale = load_f(scales + g * TILE_ROWS + c * L);
+      const F bias = load_f(biases + g * TILE_ROWS + c * L);
+#pragma GCC unroll 8
+      for (int m = 0; m < ROWS; m++) {
         float* to = y + m * TILE_ROWS + c * L;
         F value = value_of(sum[0][m][c]);
         if constexpr (X == 2) value = fma(value, set_f(32768), value_of(sum[PLANES - 1][m][c]));
         if constexpr (X != 0) value = mul(value, set_f(x_scales[g * MOST + m]));
-        const F added = fma(load_f(biases + g * TILE_ROWS + c * L), set_f(sums[g * MOST + m]), load_f(to));
-        store_f(to, fma(load_f(scales + g * TILE_ROWS + c * L), value, added));
+        store_f(to, fma(scale, value, fma(bias, set_f(sums[g * MOST + m]), load_f(to))));
       }
+    }
   }
 }
 
 // As many rows of x at a time as registers hold.
 constexpr int REGISTER_ROWS = L == 16 ? (PLANES == 2 ? 4 : 8) : L == 8 ? (PLANES == 2 ? 2 : 4) : 4;
+
+constexpr int FEW = REGISTER_ROWS < 4 ? REGISTER_ROWS : 4;
 
 struct Scratch {
   void* data = nullptr;
@@ -477,31 +528,32 @@ struct Scratch {
   ~Scratch() { free(data); }
 };
 
-static thread_local Scratch own_scratch, call_scratch;
+static thread_local Scratch own_scratch, call_scratch, list_scratch, job_scratch;
 
-// False where there is no memory.
+// False where there is no memory. CODES where several tiles of x share the work.
+template <bool CODES, int ROWS>
 static bool tiles(const Matrix& w, const Packed& x, const Output& out, int first) {
-  const int groups = w.groups(), count = x.rows / MOST;
+  const int groups = w.groups();
   const i64 parts = (i64)groups * TILE_ROWS;
-  uint32_t* codes = (uint32_t*)own_scratch.get(
+  uint32_t* part = (uint32_t*)own_scratch.get(
       sizeof(float) * (TILE_PAIRS * TILE_ROWS + 2 * parts + (i64)x.rows * TILE_ROWS));
-  if (!codes) return false;
-  float* scales = (float*)codes + TILE_PAIRS * TILE_ROWS;
+  if (!part) return false;
+  float* scales = (float*)part + TILE_PAIRS * TILE_ROWS;
   float* biases = scales + parts;
   float* y = biases + parts;
   turn_parts(w, w.scales, w.scale_stride, first, scales);
   turn_parts(w, w.biases, w.bias_stride, first, biases);
   memset(y, 0, sizeof(float) * x.rows * TILE_ROWS);
   for (int k = 0; k < w.k; k += TILE_CODES) {
-    bring(w, first, k, codes);
+    bring<CODES>(w, first, k, part);
     const int g = k / GROUP;
     const int now = groups - g < TILE_CODES / GROUP ? groups - g : TILE_CODES / GROUP;
-    for (int t = 0; t < count; t++) {
-      const i64 at = ((i64)t * groups + g) * MOST;
-      for (int m = 0; m < MOST; m += REGISTER_ROWS)
-        tile_part<REGISTER_ROWS>(codes, scales + (i64)g * TILE_ROWS, biases + (i64)g * TILE_ROWS,
-            x.pairs + t * x.tile() + (i64)(k / 2) * MOST + m, x.plane(), x.scales + at + m,
-            x.sums + at + m, now, y + (i64)(t * MOST + m) * TILE_ROWS);
+    for (int m = 0; m < x.m; m += ROWS) {
+      const i64 tile = m / MOST, row = m % MOST, at = (tile * groups + g) * MOST + row;
+      tile_part<CODES, ROWS>(
+          part, scales + (i64)g * TILE_ROWS, biases + (i64)g * TILE_ROWS,
+          x.pairs + x.tile_part(tile, k / TILE_CODES) + row, x.scales + at,
+          x.sums + at, now, y + (i64)m * TILE_ROWS, m ? nullptr : &w, first, k);
     }
   }
   for (int m = 0; m < x.m; m++)
@@ -532,21 +584,24 @@ struct Call {
   i64 x_stride;
   int x_type, rows;  // rows of x in all jobs
   Job* jobs;
-  int count, items;
-  std::atomic<int> next{0}, bad{DONE};
+  int count = 0, items = 0;
+  int next = 0, bad = DONE;  // of all threads
+
+  int take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
+  void fail(int how) { __atomic_store_n(&bad, how, __ATOMIC_RELAXED); }
 };
 
 static void pack_row(Call& call, const Job& job, int m) {
   const int k = job.w.k, padded = job.x.chunks * CHUNK, groups = k / GROUP;
   float* values = (float*)own_scratch.get(sizeof(float) * (padded + L + 2 * groups) + 2 * PLANES * padded);
   if (!values) {
-    call.bad = NO_MEMORY;
+    call.fail(NO_MEMORY);
     return;
   }
   float *scales = values + padded + L, *sums = scales + groups;
   uint16_t* halves = (uint16_t*)(sums + groups);
   if (!read_row(values, call.x, job.out.row(m) * call.x_stride, call.x_type, job.permutation, k))
-    call.bad = NOT_HERE;
+    call.fail(NOT_HERE);
   make_halves(halves, padded, scales, sums, values, k);
   for (int p = 0; p < PLANES; p++) memset(halves + p * padded + k, 0, 2 * (padded - k));
   (job.x.tiles ? place_for_tiles : place_for_dots)(job.x, m, halves, padded, scales, sums);
@@ -555,7 +610,7 @@ static void pack_row(Call& call, const Job& job, int m) {
 static void pack_some(void* data) {
   Call& call = *(Call*)data;
   for (;;) {
-    int m = call.next.fetch_add(1), j = 0;
+    int m = call.take(), j = 0;
     if (m >= call.rows) return;
     while (m >= call.jobs[j].x.m) m -= call.jobs[j++].x.m;
     pack_row(call, call.jobs[j], m);
@@ -566,22 +621,20 @@ static void multiply_some(void* data) {
   Call& call = *(Call*)data;
   int j = 0;
   for (;;) {
-    const int item = call.next.fetch_add(1);
+    const int item = call.take();
     if (item >= call.items) return;
     while (item >= call.jobs[j].first_item + call.jobs[j].items) j++;
     const Job& job = call.jobs[j];
     const int first = (item - job.first_item) * job.item_rows;
     const int end = first + job.item_rows < job.w.n ? first + job.item_rows : job.w.n;
     if (job.x.tiles) {
-      if (!tiles(job.w, job.x, job.out, first)) call.bad = NO_MEMORY;
+      const auto way = job.x.m > MOST ? tiles<true, REGISTER_ROWS>
+                       : job.x.m > FEW ? tiles<false, REGISTER_ROWS> : tiles<false, FEW>;
+      if (!way(job.w, job.x, job.out, first)) call.fail(NO_MEMORY);
     } else if (job.x.rows == 1) {
       dots<1>(job.w, job.x, job.out, first, end);
-    } else if (job.x.rows == 2) {
-      dots<2>(job.w, job.x, job.out, first, end);
-    } else if (job.x.rows == 4) {
-      dots<4>(job.w, job.x, job.out, first, end);
     } else {
-      dots<8>(job.w, job.x, job.out, first, end);
+      dots<2>(job.w, job.x, job.out, first, end);
     }
   }
 }
@@ -591,8 +644,8 @@ static void plan(Job& job, int m, bool invariant, int threads) {
   x.m = m;
   x.k = job.w.k;
   x.chunks = (x.k + CHUNK - 1) / CHUNK;
-  x.tiles = invariant || m > MOST;
-  x.rows = x.tiles ? (m + MOST - 1) / MOST * MOST : m > 4 ? 8 : m > 2 ? 4 : m;
+  x.tiles = invariant || m > FEWEST;
+  x.rows = x.tiles ? (m + MOST - 1) / MOST * MOST : m;
   if (x.tiles) {
     job.item_rows = TILE_ROWS;
   } else {
@@ -650,9 +703,10 @@ extern "C" int affine_linear(
     i64 permutation_stride, const void* words, i64 expert_words, i64 word_stride,
     const void* scales, i64 expert_scales, i64 scale_stride, const void* biases,
     i64 expert_biases, i64 bias_stride, int part_type, const void* bias, void* y, i64 y_stride,
-    i64 n, i64 k, i64 experts, const i64* ends, const i64* owners, int threads, int invariant) try {
+    i64 n, i64 k, i64 experts, const i64* ends, const i64* owners, int threads, int invariant) {
   Matrix w = {(const uint8_t*)words, scales, biases, word_stride * 4, scale_stride, bias_stride,
               part_type, (int)n, (int)k};
+  if (m <= 0 || n <= 0) return DONE;
   Call call;
   call.x = x;
   call.x_stride = x_stride;
@@ -664,40 +718,40 @@ extern "C" int affine_linear(
     call.count = 1;
     return run(call, threads);
   }
-  std::vector<i64> from(experts + 1, 0), order;
+  // The first row of each expert, and the last one's end; rows by expert.
+  i64* from = (i64*)list_scratch.get(sizeof(i64) * (2 * (experts + 1) + m));
+  if (!from) return NO_MEMORY;
+  i64 *at = from + experts + 1, *order = at + experts + 1;
+  memset(from, 0, sizeof(i64) * (experts + 1));
   if (owners) {
     for (i64 i = 0; i < m; i++) {
       if (owners[i] < 0 || owners[i] >= experts) return NO_EXPERT;
       from[owners[i] + 1]++;
     }
     for (i64 e = 0; e < experts; e++) from[e + 1] += from[e];
-    std::vector<i64> at(from);
-    order.resize(m);
+    memcpy(at, from, sizeof(i64) * (experts + 1));
     for (i64 i = 0; i < m; i++) order[at[owners[i]]++] = i;
   } else if (ends) {
     for (i64 e = 0; e < experts; e++) from[e + 1] = ends[e] > from[e] ? ends[e] < m ? ends[e] : m : from[e];
     for (i64 i = from[experts]; i < m; i++)
       memset((char*)y + i * y_stride * size_of(x_type), 0, n * size_of(x_type));
   } else {
-    from = {0, m};
+    from[1] = m;
   }
-  std::vector<Job> jobs;
-  for (size_t e = 0; e + 1 < from.size(); e++)
+  Job* jobs = (Job*)job_scratch.get(sizeof(Job) * (experts + m / MOST_ROWS + 1));
+  if (!jobs) return NO_MEMORY;
+  for (i64 e = 0; e < experts; e++)
     for (i64 start = from[e]; start < from[e + 1]; start += MOST_ROWS) {
       const i64 rows = from[e + 1] - start < MOST_ROWS ? from[e + 1] - start : MOST_ROWS;
       Matrix own = w;
       own.words += e * expert_words * 4;
       own.scales = shifted(scales, e * expert_scales, part_type);
       own.biases = shifted(biases, e * expert_biases, part_type);
-      Output out = {y, y_stride, x_type, bias, owners ? order.data() + start : nullptr};
-      out.first = start;
-      jobs.push_back({own, {}, out, permutation ? permutation + e * permutation_stride : nullptr, 0, 0, 0});
-      plan(jobs.back(), (int)rows, invariant, threads);
+      const Output out = {y, y_stride, x_type, bias, owners ? order + start : nullptr, start};
+      jobs[call.count] = {own, {}, out, permutation ? permutation + e * permutation_stride : nullptr, 0, 0, 0};
+      plan(jobs[call.count++], (int)rows, invariant, threads);
     }
-  if (jobs.empty()) return DONE;
-  call.jobs = jobs.data();
-  call.count = (int)jobs.size();
+  if (!call.count) return DONE;
+  call.jobs = jobs;
   return run(call, threads);
-} catch (const std::bad_alloc&) {
-  return NO_MEMORY;
 }

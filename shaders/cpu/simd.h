@@ -62,13 +62,14 @@ INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
 INLINE F min_f(F a, F b) { return _mm512_min_ps(a, b); }
 INLINE F max_f(F a, F b) { return _mm512_max_ps(a, b); }
 INLINE V to_v(F v) { return _mm512_cvtps_epi32(v); }  // to the nearest, ties to even
+INLINE F nearest(F v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// `then` where a > b, else `other`.
+INLINE F choose_greater(F a, F b, F then, F other) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), other, then);
+}
 INLINE void store_8(uint8_t* p, V v) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(v)); }
 // Past the caches, to aligned memory; `streamed` ends a run of these.
 INLINE void stream(void* p, V v) { _mm512_stream_si512((__m512i*)p, v); }
-INLINE void stream_16(uint16_t* p, V v) { _mm256_stream_si256((__m256i*)p, _mm512_cvtepi32_epi16(v)); }
-INLINE void stream_half(uint16_t* p, F v) {
-  _mm256_stream_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-}
 INLINE void streamed() { _mm_sfence(); }
 
 #define HAS_F64 1
@@ -185,6 +186,14 @@ INLINE V plus(V a, V b) { return _mm256_add_epi32(a, b); }
 INLINE V most(V a, V b) { return _mm256_max_epi32(a, b); }
 INLINE V to_nearest(F v) { return _mm256_cvtps_epi32(v); }
 template <int S> INLINE V right_signed(V v) { return _mm256_srai_epi32(v, S); }
+INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
+INLINE F min_f(F a, F b) { return _mm256_min_ps(a, b); }
+INLINE F max_f(F a, F b) { return _mm256_max_ps(a, b); }
+INLINE V to_v(F v) { return _mm256_cvtps_epi32(v); }
+INLINE F nearest(F v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE F choose_greater(F a, F b, F then, F other) {
+  return _mm256_blendv_ps(other, then, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
+}
 INLINE V masked(V v, V mask, V high) { return _mm256_or_si256(both(v, mask), high); }
 INLINE __m128i low_halves(V v) {
   v = both(v, set(0xffff));
@@ -198,6 +207,38 @@ INLINE void store_half(uint16_t* p, F v) {
 INLINE V load_16(const uint16_t* p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
 INLINE V load_8(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
 INLINE void store_16(uint16_t* p, V v) { _mm_storeu_si128((__m128i*)p, low_halves(v)); }
+INLINE void store_8(uint8_t* p, V v) {
+  const __m128i halves = low_halves(both(v, set(0xff)));
+  _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(halves, halves));
+}
+INLINE void stream(void* p, V v) { _mm256_stream_si256((__m256i*)p, v); }
+INLINE void streamed() { _mm_sfence(); }
+
+#define HAS_F64 1
+INLINE __m256d half_f64(V v, int i, double scale, double bias) {
+  const __m128i half = i ? _mm256_extracti128_si256(v, 1) : _mm256_castsi256_si128(v);
+  return _mm256_fmadd_pd(_mm256_cvtepi32_pd(half), _mm256_set1_pd(scale), _mm256_set1_pd(bias));
+}
+INLINE void fma_f64(double* p, V v, double scale, double bias) {
+  _mm256_storeu_pd(p, half_f64(v, 0, scale, bias));
+  _mm256_storeu_pd(p + 4, half_f64(v, 1, scale, bias));
+}
+template <bool odd> INLINE F fma_f64(V v, double scale, double bias) {
+  __m128 out[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++) {
+    __m256d half = half_f64(v, i, scale, bias);
+    if constexpr (odd) {
+      const V words = _mm256_castpd_si256(half), cut = _mm256_set1_epi64x((1ll << 40) - 1);
+      const V sticky = _mm256_add_epi64(both(words, cut), cut);
+      const V last = both(sticky, _mm256_set1_epi64x(1ll << 40));
+      half = _mm256_castsi256_pd(_mm256_or_si256(_mm256_andnot_si256(cut, words), last));
+    }
+    out[i] = _mm256_cvtpd_ps(half);
+  }
+  return _mm256_set_m128(out[1], out[0]);
+}
+
 INLINE V choose_nan(F v, V then, V other) {
   return _mm256_blendv_epi8(other, then, as_v(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
 }
@@ -270,6 +311,12 @@ INLINE V plus(V a, V b) { return vaddq_s32(a, b); }
 INLINE V most(V a, V b) { return vmaxq_s32(a, b); }
 INLINE V to_nearest(F v) { return vcvtnq_s32_f32(v); }
 template <int S> INLINE V right_signed(V v) { return vshrq_n_s32(v, S); }
+INLINE F div(F a, F b) { return vdivq_f32(a, b); }
+INLINE F min_f(F a, F b) { return vminq_f32(a, b); }
+INLINE F max_f(F a, F b) { return vmaxq_f32(a, b); }
+INLINE V to_v(F v) { return vcvtnq_s32_f32(v); }
+INLINE F nearest(F v) { return vrndnq_f32(v); }
+INLINE F choose_greater(F a, F b, F then, F other) { return vbslq_f32(vcgtq_f32(a, b), then, other); }
 INLINE V masked(V v, V mask, V high) { return vorrq_s32(vandq_s32(v, mask), high); }
 INLINE uint16x4_t low_halves(V v) { return vmovn_u32(bits_of(v)); }
 INLINE F from_half(V v) { return vcvt_f32_f16(vreinterpret_f16_u16(low_halves(v))); }
@@ -283,6 +330,40 @@ INLINE V load_8(const uint8_t* p) {
   return from_bits(vmovl_u16(vget_low_u16(halves)));
 }
 INLINE void store_16(uint16_t* p, V v) { vst1_u16(p, low_halves(v)); }
+INLINE void store_8(uint8_t* p, V v) {
+  const uint8x8_t bytes = vmovn_u16(vcombine_u16(low_halves(v), low_halves(v)));
+  const uint32_t four = vget_lane_u32(vreinterpret_u32_u8(bytes), 0);
+  memcpy(p, &four, 4);
+}
+// There is no way past the caches that intrinsics name.
+INLINE void stream(void* p, V v) { store(p, v); }
+INLINE void streamed() {}
+
+#define HAS_F64 1
+INLINE float64x2_t half_f64(V v, int i, double scale, double bias) {
+  const int64x2_t half = vmovl_s32(i ? vget_high_s32(v) : vget_low_s32(v));
+  return vfmaq_f64(vdupq_n_f64(bias), vcvtq_f64_s64(half), vdupq_n_f64(scale));
+}
+INLINE void fma_f64(double* p, V v, double scale, double bias) {
+  vst1q_f64(p, half_f64(v, 0, scale, bias));
+  vst1q_f64(p + 2, half_f64(v, 1, scale, bias));
+}
+template <bool odd> INLINE F fma_f64(V v, double scale, double bias) {
+  float32x2_t out[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++) {
+    float64x2_t half = half_f64(v, i, scale, bias);
+    if constexpr (odd) {
+      const uint64x2_t words = vreinterpretq_u64_f64(half), cut = vdupq_n_u64((1ull << 40) - 1);
+      const uint64x2_t sticky = vaddq_u64(vandq_u64(words, cut), cut);
+      const uint64x2_t last = vandq_u64(sticky, vdupq_n_u64(1ull << 40));
+      half = vreinterpretq_f64_u64(vorrq_u64(vbicq_u64(words, cut), last));
+    }
+    out[i] = vcvt_f32_f64(half);
+  }
+  return vcombine_f32(out[0], out[1]);
+}
+
 INLINE V choose_nan(F v, V then, V other) { return vbslq_s32(vceqq_f32(v, v), other, then); }
 INLINE V right_by(V v, V by) { return from_bits(vshlq_u32(bits_of(v), vnegq_s32(by))); }
 INLINE F choose(F v, V at) {

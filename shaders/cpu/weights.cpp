@@ -4,7 +4,6 @@
 // of threads.
 
 #include <atomic>
-#include <cmath>
 #include <cstdlib>
 #include <new>
 #include <vector>
@@ -53,8 +52,9 @@ constexpr i64 ALONE = 1 << 15;  // weights for which other threads are not woken
 
 constexpr int F64 = 3;  // a type of outputs, beside those of values.h
 
-// Beyond this many bytes, results would only push others out of the caches.
-constexpr i64 STREAM_BYTES = 1 << 24;
+// From this many bytes on, float32 results go past the caches, which saves reading what they
+// replace. (With 16-bit results it made no difference.)
+constexpr i64 STREAM_BYTES = 1 << 25;
 
 // Whether each code * scale + bias needs at most `room` bits, so that it is exact in a float
 // of so many: it is a multiple of the last place of the smaller of both, which have `own`
@@ -79,11 +79,11 @@ template <int TYPE> INLINE F weights_of(V codes, float scale, float bias, bool e
 
 template <int TYPE, bool STREAM> INLINE void put(void* out, i64 at, V bits) {
   if constexpr (TYPE == 0) (STREAM ? stream : store)((float*)out + at, bits);
-  else (STREAM ? stream_16 : store_16)((uint16_t*)out + at, bits);
+  else store_16((uint16_t*)out + at, bits);
 }
 
-template <int TYPE, bool STREAM> INLINE void put(void* out, i64 at, F v) {
-  if constexpr (TYPE == 1) (STREAM ? stream_half : store_half)((uint16_t*)out + at, v);
+template <int TYPE, bool STREAM> INLINE void put_f(void* out, i64 at, F v) {
+  if constexpr (TYPE == 1) store_half((uint16_t*)out + at, v);
   else put<TYPE, STREAM>(out, at, TYPE == 2 ? to_bf16(v) : as_v(v));
 }
 
@@ -118,9 +118,9 @@ INLINE void bring_group(const uint8_t* p, float scale, float bias, bool exact, v
   else if constexpr (TABLE)
     all([&](int at, V codes) { put<TYPE, STREAM>(out, at, as_v(choose(as_f(table), codes))); });
   else if (exact)
-    all([&](int at, V codes) { put<TYPE, STREAM>(out, at, weights_of<TYPE>(codes, scale, bias, true)); });
+    all([&](int at, V codes) { put_f<TYPE, STREAM>(out, at, weights_of<TYPE>(codes, scale, bias, true)); });
   else
-    all([&](int at, V codes) { put<TYPE, STREAM>(out, at, weights_of<TYPE>(codes, scale, bias, false)); });
+    all([&](int at, V codes) { put_f<TYPE, STREAM>(out, at, weights_of<TYPE>(codes, scale, bias, false)); });
 }
 
 template <int TYPE> struct Stored { typedef uint16_t type; };
@@ -128,9 +128,10 @@ template <> struct Stored<0> { typedef float type; };
 template <> struct Stored<F64> { typedef double type; };
 
 template <int TYPE, bool STREAM>
-static void bring_row(const Matrix& w, i64 n, void* to, const int32_t* permutation) {
+static void bring_row(const Matrix& w, i64 n, void* row, const int32_t* permutation) {
   typedef typename Stored<TYPE>::type T;
-  T* out = (T*)to;
+  T* out = (T*)row;
+  const i64 columns = w.k;
   const int own = w.part_type == 0 ? 24 : w.part_type == 1 ? 11 : 8;
   const uint8_t* p = w.row(n);
   float scales[L], biases[L];
@@ -141,25 +142,21 @@ static void bring_row(const Matrix& w, i64 n, void* to, const int32_t* permutati
     }
     const float scale = scales[g % L], bias = biases[g % L];
     const bool exact = is_exact(scale, bias, own, TYPE == 0 ? 53 : 24);
-    if (!permutation) {
-      bring_group<TYPE, STREAM>(p, scale, bias, exact, out + g * GROUP);
-      continue;
-    }
-    T values[GROUP];
-    bring_group<TYPE, false>(p, scale, bias, exact, values);
+    T values[GROUP], *to = permutation ? values : out + g * GROUP;
+    bring_group<TYPE, STREAM>(p, scale, bias, exact, to);
+    if (!permutation) continue;
     const int32_t* column = permutation + g * GROUP;
     for (int i = 0; i < GROUP; i++)  // what is no permutation must not lead out of the row
-      if (column[i] >= 0 && column[i] < w.k) out[column[i]] = values[i];
+      if ((uint32_t)column[i] < columns) out[column[i]] = values[i];
   }
 }
 
 typedef void (*BringRow)(const Matrix&, i64, void*, const int32_t*);
 
-static BringRow bring_row_of(int type, bool streams) {
-  static constexpr BringRow kept[] = {
+static BringRow bring_row_of(int type) {
+  static constexpr BringRow all[] = {
       bring_row<0, false>, bring_row<1, false>, bring_row<2, false>, bring_row<F64, false>};
-  static constexpr BringRow streamed[] = {bring_row<0, true>, bring_row<1, true>, bring_row<2, true>};
-  return streams ? streamed[type] : kept[type];
+  return all[type];
 }
 
 static i64 out_size(int type) { return type == F64 ? 8 : size_of(type); }
@@ -173,9 +170,9 @@ extern "C" int affine_dequantize(
   const Matrix w = {(const uint8_t*)words, word_stride * 4, scales, scale_stride,
                     biases, bias_stride, part_type, rows, k};
   const i64 size = out_size(out_type);
-  const bool streams = out_type != F64 && !permutation && rows * k * size >= STREAM_BYTES &&
+  const bool streams = out_type == 0 && !permutation && rows * k * size >= STREAM_BYTES &&
       ((i64)out | out_stride * size) % (L * size) == 0;
-  const BringRow bring = bring_row_of(out_type, streams);
+  const BringRow bring = streams ? bring_row<0, true> : bring_row_of(out_type);
   const i64 step = k < ITEM ? ITEM / (k ? k : 1) : 1;
   share((rows + step - 1) / step, rows * k < ALONE ? 1 : threads, [&](i64 item) {
     const i64 end = (item + 1) * step < rows ? (item + 1) * step : rows;
@@ -196,7 +193,7 @@ extern "C" int affine_embedding(
     if (id(i) < 0 || id(i) >= rows) return 1;
   const Matrix w = {(const uint8_t*)words, word_stride * 4, scales, scale_stride,
                     biases, bias_stride, part_type, rows, k};
-  const BringRow bring = bring_row_of(out_type, false);
+  const BringRow bring = bring_row_of(out_type);
   const i64 step = k < ITEM ? ITEM / (k ? k : 1) : 1, size = out_stride * out_size(out_type);
   share((count + step - 1) / step, count * k < ALONE ? 1 : threads, [&](i64 item) {
     const i64 end = (item + 1) * step < count ? (item + 1) * step : count;
@@ -221,30 +218,39 @@ template <class Op> INLINE F of_groups(const float* lanes, Op op) {
 
 // The end of the range that is further from zero is met exactly, and zero too, if within
 // reach. At one bit the codes are the smallest and the largest weight.
-static void scale_and_bias(const float* low, const float* high, float* scale, float* bias) {
-  for (int i = 0; i < L; i++) {
-    float s = (high[i] - low[i]) / (float)LEVELS;
-    s = s < 1e-7f ? 1e-7f : s;
-    if constexpr (BITS == 1) {
-      scale[i] = s;
-      bias[i] = low[i];
-    } else {
-      const bool from_low = fabsf(low[i]) > fabsf(high[i]);
-      const float edge = from_low ? low[i] : high[i];
-      s = from_low ? s : -s;
-      const float steps = rintf(edge / s), some = steps == 0 ? 1 : steps, met = edge / some;
-      scale[i] = steps == 0 ? s : met;
-      bias[i] = steps == 0 ? 0 : edge;
+INLINE void scale_and_bias(F low, F high, F& scale, F& bias) {
+  scale = max_f(div(sub(high, low), set_f(LEVELS)), set_f(1e-7f));
+  bias = low;
+  if constexpr (BITS == 1) return;
+  auto size = [](F v) { return as_f(both(as_v(v), set(0x7fffffff))); };
+  scale = choose_greater(size(low), size(high), scale, sub(zero_f(), scale));
+  const F edge = choose_greater(size(low), size(high), low, high);
+  const F steps = nearest(div(edge, scale));
+  scale = choose_greater(size(steps), zero_f(), div(edge, steps), scale);
+  bias = choose_greater(size(steps), zero_f(), edge, zero_f());
+}
+
+// Of zeros with both signs, the first counts as the smallest.
+static F with_sign(F low, const void* w, i64 at, int count, int type) {
+  float lows[L];
+  store_f(lows, low);
+  for (int g = 0; g < count; g++)
+    for (int i = 0; lows[g] == 0 && i < GROUP; i++) {
+      const float v = value_at(w, at + g * GROUP + i, type);
+      if (v != 0) continue;
+      lows[g] = v;
+      break;
     }
-  }
+  return load_f(lows);
 }
 
 // Up to L groups of a row from element `at` on. `zeros` is NaN from the first value on that
 // is not finite.
 template <int TYPE>
-static void quantize_groups(const void* w, i64 at, int count, uint8_t* words, void* scales, void* biases, i64 group, F& zeros) {
+static void quantize_groups(const void* w, i64 at, int count, uint8_t* words, void* scales, void* biases, i64 group, F& all_zeros) {
+  F zeros = zero_f();  // not in memory
   alignas(64) float lows[L * L] = {}, highs[L * L] = {};
-  alignas(64) float low[L], high[L], scale[L], bias[L];
+  alignas(64) float scale[L], bias[L];
   for (int g = 0; g < count; g++) {
     F least = load_values(w, at + g * GROUP, TYPE), most = least;
     zeros = fma(least, zero_f(), zeros);
@@ -258,20 +264,16 @@ static void quantize_groups(const void* w, i64 at, int count, uint8_t* words, vo
     store_f(lows + g * L, least);
     store_f(highs + g * L, most);
   }
-  store_f(low, of_groups(lows, min_f));
-  store_f(high, of_groups(highs, max_f));
-  if constexpr (BITS == 1)  // of zeros with both signs, the first counts
-    for (int g = 0; g < count; g++)
-      for (int i = 0; low[g] == 0 && i < GROUP; i++) {
-        const float v = value_at(w, at + g * GROUP + i, TYPE);
-        if (v == 0) { low[g] = v; break; }
-      }
-  scale_and_bias(low, high, scale, bias);
+  F low = of_groups(lows, min_f);
+  if constexpr (BITS == 1) low = with_sign(low, w, at, count, TYPE);
+  F both_of[2];
+  scale_and_bias(low, of_groups(highs, max_f), both_of[0], both_of[1]);
+  store_f(scale, both_of[0]);
+  store_f(bias, both_of[1]);
   uint16_t some[2 * L];
   for (int part = 0; part < 2; part++) {
-    const F v = load_f(part ? bias : scale);
-    write_values(part ? biases : scales, group, v, TYPE, count, nullptr, 0);
-    store_values(some, 0, v, TYPE);
+    write_values(part ? biases : scales, group, both_of[part], TYPE, count, nullptr, 0);
+    store_values(some, 0, both_of[part], TYPE);
     zeros = fma(load_values(some, 0, TYPE), zero_f(), zeros);
   }
   alignas(64) uint8_t codes[L * GROUP + 48];
@@ -285,6 +287,7 @@ static void quantize_groups(const void* w, i64 at, int count, uint8_t* words, vo
     }
   }
   fold(words, codes, count * GROUP);
+  all_zeros = add(all_zeros, zeros);
 }
 
 template <int TYPE>
@@ -320,10 +323,9 @@ extern "C" int affine_quantize(
 
 // ---- x @ W ----------------------------------------------------------------------
 
-// A row of W is read once for up to 8 rows of x; 4 rows of W at a time are added to sums in
-// the caches. Sums begin anew every RUN rows: so their errors stay small. What a thread does
+// 4 rows of W at a time, times up to 4 rows of x, are added to sums in the caches. Sums begin anew every RUN rows: so their errors stay small. What a thread does
 // is a part of W's rows and a block of its columns.
-constexpr int MOST = 8;     // rows of x at a time
+constexpr int MOST = 4;     // rows of x at a time
 constexpr int ROWS = 4;     // rows of W at a time
 constexpr int RUN = 256;    // rows of W
 constexpr int PARTS = 16;   // of W's rows, at most
@@ -337,6 +339,7 @@ struct Chunk {  // up to MOST rows of x, and their matrix
   i64 first;
   int m;
 
+  int room() const { return m > 2 ? 4 : m; }
   i64 row(int i) const { return order ? order[i] : first + i; }
 };
 
@@ -372,7 +375,7 @@ constexpr int column_of(int j, int h, int i) {
 }
 
 template <int H, int I, int M>
-INLINE void add_step(const V (&words)[ROWS], const F (&scale)[ROWS], const F (&bias)[ROWS], const float* x, float* sums, i64 stride) {
+INLINE void add_step(const V (&words)[ROWS], const F (&scale)[ROWS], const F (&bias)[ROWS], const float* x, float* sums) {
   if constexpr (I < S) {
     F w[ROWS];
 #pragma GCC unroll 4
@@ -380,19 +383,20 @@ INLINE void add_step(const V (&words)[ROWS], const F (&scale)[ROWS], const F (&b
       w[r] = fma(to_f(both(right<16 * H + I * BITS>(words[r]), set(LEVELS))), scale[r], bias[r]);
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
-      F sum = load_f(sums + m * stride + (H * S + I) * L);
+      float* to = sums + ((H * S + I) * M + m) * L;
+      F sum = load_f(to);
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; r++) sum = fma(set_f(x[m * RUN + r]), w[r], sum);
-      store_f(sums + m * stride + (H * S + I) * L, sum);
+      store_f(to, sum);
     }
-    add_step<H, I + 1, M>(words, scale, bias, x, sums, stride);
+    add_step<H, I + 1, M>(words, scale, bias, x, sums);
   }
 }
 
-// `live` rows of W from row n on, columns from k to end, times x [m][RUN], added to sums
-// [m][stride], in the order in which codes come out of words.
+// `live` rows of W from row n on, columns from k to end, times x [M][RUN], added to sums
+// [chunk][step][M][L].
 template <int M>
-static void add_rows(const Matrix& w, i64 n, int live, i64 k, i64 end, const float* x, float* sums, i64 stride) {
+static void add_rows(const Matrix& w, i64 n, int live, i64 k, i64 end, const float* x, float* sums) {
   const i64 bytes = w.k / 16 * BYTES_16;
   i64 at = k / 16 * BYTES_16;
   const uint8_t* row[ROWS];
@@ -405,7 +409,7 @@ static void add_rows(const Matrix& w, i64 n, int live, i64 k, i64 end, const flo
       scales[r] = parts_at(w.scales, (n + r) * w.scale_stride, k / GROUP, w.groups(), w.part_type);
       biases[r] = parts_at(w.biases, (n + r) * w.bias_stride, k / GROUP, w.groups(), w.part_type);
     }
-    for (int c = 0; c < LANES && k + c * CHUNK < end; c++, at += CHUNK_BYTES, sums += CHUNK) {
+    for (int c = 0; c < LANES && k + c * CHUNK < end; c++, at += CHUNK_BYTES, sums += M * CHUNK) {
       V words[ROWS];
       F scale[ROWS], bias[ROWS];
       const bool whole = at + CHUNK_BYTES <= bytes;
@@ -415,65 +419,58 @@ static void add_rows(const Matrix& w, i64 n, int live, i64 k, i64 end, const flo
         scale[r] = spread_scale(scales[r], c);
         bias[r] = spread_scale(biases[r], c);
       }
-      add_step<0, 0, M>(words, scale, bias, x, sums, stride);
-      add_step<1, 0, M>(words, scale, bias, x, sums, stride);
+      add_step<0, 0, M>(words, scale, bias, x, sums);
+      add_step<1, 0, M>(words, scale, bias, x, sums);
     }
   }
 }
 
-static void add_rows(int m, const Matrix& w, i64 n, int live, i64 k, i64 end, const float* x, float* sums, i64 stride) {
-  const auto add = m == 1 ? add_rows<1> : m == 2 ? add_rows<2> : m <= 4 ? add_rows<4> : add_rows<8>;
-  add(w, n, live, k, end, x, sums, stride);
-}
-
 static i64 padded(i64 columns) { return (columns + CHUNK - 1) / CHUNK * CHUNK; }
 
-// Rows n to n_end of W, columns k to k_end: to sums [MOST][stride].
-static void multiply_part(const Product& p, const Chunk& chunk, i64 n, i64 n_end, i64 k, i64 k_end, float* sums, i64 stride) {
-  alignas(64) float x[MOST * RUN], own[MOST * BLOCK];
-  const i64 columns = padded(k_end - k);
-  for (bool first = true; n < n_end; n += RUN, first = false) {
-    const int rows = n_end - n < RUN ? (int)(n_end - n) : RUN;
+// Rows n to end of W, columns k to k_end: to sums.
+template <int M>
+static void multiply_part(const Product& p, const Chunk& chunk, i64 n, i64 end, i64 k, i64 k_end, float* sums) {
+  alignas(64) float x[M * RUN], own[M * BLOCK];
+  const i64 size = M * padded(k_end - k);
+  for (bool first = true; n < end; n += RUN, first = false) {
+    const int rows = end - n < RUN ? (int)(end - n) : RUN;
     memset(x, 0, sizeof(x));
     for (int m = 0; m < chunk.m; m++)
       values_at(x + m * RUN, p.x, chunk.row(m) * p.x_stride + n, rows, p.type);
     float* to = first ? sums : own;
-    const i64 to_stride = first ? stride : BLOCK;
-    for (int m = 0; m < MOST; m++) memset(to + m * to_stride, 0, columns * sizeof(float));
+    memset(to, 0, size * sizeof(float));
     for (int r = 0; r < rows; r += ROWS)
-      add_rows(chunk.m, chunk.w, n + r, rows - r < ROWS ? rows - r : ROWS, k, k_end, x + r, to, to_stride);
-    if (first) continue;
-    for (int m = 0; m < chunk.m; m++)
-      for (i64 i = 0; i < columns; i += L)
-        store_f(sums + m * stride + i, add(load_f(sums + m * stride + i), load_f(own + m * BLOCK + i)));
+      add_rows<M>(chunk.w, n + r, rows - r < ROWS ? rows - r : ROWS, k, k_end, x + r, to);
+    if (!first)
+      for (i64 i = 0; i < size; i += L) store_f(sums + i, add(load_f(sums + i), load_f(own + i)));
   }
 }
 
 // The sums of all parts, added and put in order, to y.
-static void write_block(const Product& p, const Chunk& chunk, const float* sums, i64 parts, i64 stride, i64 k, i64 k_end) {
+static void write_block(const Product& p, const Chunk& chunk, const float* sums, i64 parts, i64 part_size, i64 k, i64 k_end) {
   float values[CHUNK];
-  for (int m = 0; m < chunk.m; m++)
-    for (i64 c = k; c < k_end; c += CHUNK) {
+  for (; k < k_end; k += CHUNK, sums += chunk.room() * CHUNK)
+    for (int m = 0; m < chunk.m; m++) {
       for (int step = 0; step < U; step++) {
         F sum = zero_f();
         for (i64 part = 0; part < parts; part++)
-          sum = add(sum, load_f(sums + (part * MOST + m) * stride + c + step * L));
+          sum = add(sum, load_f(sums + part * part_size + (step * chunk.room() + m) * L));
         float lanes[L];
         store_f(lanes, sum);
         for (int j = 0; j < L; j++) values[column_of(j, step / S, step % S)] = lanes[j];
       }
-      for (i64 i = 0; i < CHUNK && c + i < k_end; i += L)
-        store_values(p.y, chunk.row(m) * p.y_stride + c + i, load_f(values + i), p.type);
+      for (i64 i = 0; i < CHUNK && k + i < k_end; i += L)
+        store_values(p.y, chunk.row(m) * p.y_stride + k + i, load_f(values + i), p.type);
     }
 }
 
 // Some chunks at a time, so that the sums of their parts have room. All have the same shape.
 static void multiply(const Product& p, const Chunk* chunks, i64 count, int threads) {
   if (!count) return;
-  const i64 n = chunks[0].w.n, k = chunks[0].w.k, stride = padded(k);
+  const i64 n = chunks[0].w.n, k = chunks[0].w.k, all = padded(k);
   const i64 runs = (n + RUN - 1) / RUN, rows = RUN * ((runs + PARTS - 1) / PARTS);
   const i64 parts = n ? (n + rows - 1) / rows : 0, blocks = (k + BLOCK - 1) / BLOCK;
-  const i64 own = parts * MOST * stride;
+  const i64 own = parts * MOST * all;
   i64 most = own ? SUMS_BYTES / 4 / own : count;
   most = most < 1 ? 1 : most < count ? most : count;
   float* sums = call_scratch.get(own * most);
@@ -483,12 +480,15 @@ static void multiply(const Product& p, const Chunk* chunks, i64 count, int threa
     share(now * parts * blocks, some, [&](i64 item) {
       const i64 block = item % blocks, part = item / blocks % parts, c = item / blocks / parts;
       const i64 end = (part + 1) * rows < n ? (part + 1) * rows : n, first = block * BLOCK;
-      multiply_part(p, chunks[c], part * rows, end, first, first + BLOCK < k ? first + BLOCK : k,
-                    sums + c * own + part * MOST * stride + first, stride);
+      const int room = chunks[c].room();
+      const auto multiply = room == 1 ? multiply_part<1> : room == 2 ? multiply_part<2> : multiply_part<4>;
+      multiply(p, chunks[c], part * rows, end, first, first + BLOCK < k ? first + BLOCK : k,
+               sums + c * own + room * (part * all + first));
     });
     share(now * blocks, some, [&](i64 item) {
-      const i64 first = item % blocks * BLOCK;
-      write_block(p, chunks[item / blocks], sums + item / blocks * own, parts, stride, first,
+      const i64 c = item / blocks, first = item % blocks * BLOCK;
+      const int room = chunks[c].room();
+      write_block(p, chunks[c], sums + c * own + room * first, parts, room * all, first,
                   first + BLOCK < k ? first + BLOCK : k);
     });
   }

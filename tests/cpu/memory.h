@@ -1,12 +1,11 @@
-// Buffers of exactly their size: a byte before or behind them is seen, if it is read or
-// written, by AddressSanitizer where it is compiled in, else by the memory management.
+// Buffers of exactly their size: AddressSanitizer sees what is read or written a byte before
+// or behind them, and where it is not compiled in, pages that must not be touched do.
 #pragma once
 
+#include <stdint.h>
+#include <stdlib.h>
 #include <sys/mman.h>
 #include <unistd.h>
-
-#include <cstdint>
-#include <cstdlib>
 
 #include "numbers.h"
 
@@ -22,7 +21,10 @@ struct Buffer {
   uint8_t* data = nullptr;
   int64_t size = 0;
 
-  // Beginning or ending with a page; other pages beside it must not be touched.
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+
+  // Full of random bytes; it ends with a page, or, one time in four, begins with one.
   void make(int64_t bytes, Random& random) {
     size = bytes;
     const bool at_end = random.below(4);
@@ -30,7 +32,7 @@ struct Buffer {
     (void)at_end;
     data = (uint8_t*)malloc(bytes);
 #else
-    const int64_t page = sysconf(_SC_PAGESIZE), inside = (bytes + page - 1) / page * page;
+    const int64_t page = sysconf(_SC_PAGESIZE), inside = (bytes + page) / page * page;
     mapped_ = inside + 2 * page;
     map_ = (uint8_t*)mmap(nullptr, mapped_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (map_ == MAP_FAILED || mprotect(map_ + page, inside, PROT_READ | PROT_WRITE)) abort();
@@ -43,8 +45,10 @@ struct Buffer {
     for (int64_t i = 0; i < size; i++) data[i] = (uint8_t)random.next();
   }
 
-  Buffer() = default;
-  Buffer(const Buffer&) = delete;
+  void copy(const Buffer& other) { memcpy(data, other.data, size); }
+
+  template <class T> T* as() const { return (T*)data; }
+
   ~Buffer() {
 #if defined(HAS_ASAN)
     free(data);

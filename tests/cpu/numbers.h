@@ -1,10 +1,12 @@
-// Random numbers, and floats of each dtype (0 float32, 1 float16, 2 bfloat16) by nothing
-// but arithmetic on doubles.
+// Random numbers, and floats of each dtype (0 float32, 1 float16, 2 bfloat16, 3 float64) by
+// nothing but arithmetic on doubles.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+static const char* const TYPES[] = {"float32", "float16", "bfloat16", "float64"};
 
 struct Random {
   uint64_t state;
@@ -14,17 +16,18 @@ struct Random {
     return (uint32_t)(state >> 33);
   }
   int below(int end) { return (int)(next() % (uint32_t)end); }
-  double uniform() { return next() / 2147483648.0; }
   double normal() {
     double sum = -6;
-    for (int i = 0; i < 12; i++) sum += uniform();
+    for (int i = 0; i < 12; i++) sum += next() / 2147483648.0;
     return sum;
   }
 };
 
+static int bytes_of(int type) { return type == 0 ? 4 : type == 3 ? 8 : 2; }
+
 // To the nearest number with so many bits and none finer than 2^least, ties to even.
 static double rounded_to(double v, int bits, int least) {
-  if (v == 0 || !std::isfinite(v)) return v;
+  if (v == 0 || v - v != 0) return v;
   int exponent;
   frexp(v, &exponent);
   const int finest = exponent - bits > least ? exponent - bits : least;
@@ -32,18 +35,25 @@ static double rounded_to(double v, int bits, int least) {
 }
 
 static double rounded(double v, int type) {
+  if (type == 3) return v;
   if (type == 0) return (float)v;
   return type == 1 ? rounded_to(v, 11, -24) : rounded_to(v, 8, -133);
 }
 
 static double number(const void* p, int64_t at, int type) {
+  const char* from = (const char*)p + at * bytes_of(type);
   if (type == 0) {
     float v;
-    memcpy(&v, (const char*)p + at * 4, 4);
+    memcpy(&v, from, 4);
+    return v;
+  }
+  if (type == 3) {
+    double v;
+    memcpy(&v, from, 8);
     return v;
   }
   uint16_t bits;
-  memcpy(&bits, (const char*)p + at * 2, 2);
+  memcpy(&bits, from, 2);
   const int fraction_bits = type == 1 ? 10 : 7, bias = type == 1 ? 15 : 127;
   const int most = 2 * bias + 1, exponent = bits >> fraction_bits & most;
   const int fraction = bits & ((1 << fraction_bits) - 1);
@@ -53,30 +63,27 @@ static double number(const void* p, int64_t at, int type) {
   return sign * ldexp(fraction + (1 << fraction_bits), exponent - bias - fraction_bits);
 }
 
-static void set_number(void* p, int64_t at, int type, double v) {
-  if (type == 0) {
-    const float f = (float)v;
-    memcpy((char*)p + at * 4, &f, 4);
-    return;
-  }
+static uint16_t half_of(double v, int type) {
   const int fraction_bits = type == 1 ? 10 : 7, bias = type == 1 ? 15 : 127;
-  const int most = 2 * bias + 1;
-  v = rounded(v, type);
-  uint32_t bits = 0;
-  if (std::isnan(v)) {
-    bits = (uint32_t)most << fraction_bits | 1;
-  } else if (std::isinf(v)) {
-    bits = (uint32_t)most << fraction_bits;
-  } else if (v != 0) {
-    int exponent;
-    frexp(v, &exponent);
-    exponent = exponent + bias - 1 > 0 ? exponent + bias - 1 : 0;
-    const double unit = ldexp(1, (exponent > 0 ? exponent : 1) - bias - fraction_bits);
-    // The leading one of a normal number adds 1 to the exponent before it.
-    const uint32_t whole = (uint32_t)(fabs(v) / unit);
-    bits = exponent > 0 ? ((uint32_t)(exponent - 1) << fraction_bits) + whole : whole;
-  }
-  bits |= std::signbit(v) ? 0x8000u : 0;
-  const uint16_t half = (uint16_t)bits;
-  memcpy((char*)p + at * 2, &half, 2);
+  const uint32_t sign = signbit(v) ? 0x8000 : 0, infinite = (2 * bias + 1) << fraction_bits;
+  v = fabs(rounded(v, type));
+  if (v != v) return (uint16_t)(sign | infinite | 1);
+  if (v >= ldexp(1, bias + 1)) return (uint16_t)(sign | infinite);
+  if (v == 0) return (uint16_t)sign;
+  int exponent;
+  frexp(v, &exponent);
+  exponent = exponent + bias - 1 > 0 ? exponent + bias - 1 : 0;
+  const double unit = ldexp(1, (exponent > 0 ? exponent : 1) - bias - fraction_bits);
+  // The leading one of a normal number adds 1 to the exponent before it.
+  const uint32_t before = exponent > 0 ? (uint32_t)(exponent - 1) << fraction_bits : 0;
+  return (uint16_t)(sign | (before + (uint32_t)(v / unit)));
+}
+
+static void set_number(void* p, int64_t at, int type, double v) {
+  char* to = (char*)p + at * bytes_of(type);
+  const float single = (float)v;
+  const uint16_t half = type == 1 || type == 2 ? half_of(v, type) : 0;
+  if (type == 0) memcpy(to, &single, 4);
+  else if (type == 3) memcpy(to, &v, 8);
+  else memcpy(to, &half, 2);
 }
