@@ -241,7 +241,7 @@ def _grouped_linear(
     y = x.new_zeros((len(x), packed.shape[1]))
     parts = (packed, scales, biases, permutation)
     format = {"bits": bits, "group_size": group_size, "dtype": dtype}
-    return _by_expert(_linear, x, y, parts, offsets, indices, format)
+    return by_expert(_linear, x, y, parts, offsets, indices, format)
 
 
 def _fake_grouped_matmul(  # type: ignore[no-untyped-def]
@@ -275,7 +275,7 @@ def _grouped_matmul(
     y = x.new_zeros((len(x), scales.shape[-1] * group_size))
     parts = (packed, scales, biases, permutation)
     format = {"bits": bits, "group_size": group_size, "dtype": dtype}
-    return _by_expert(_matmul, x, y, parts, offsets, indices, format)
+    return by_expert(_matmul, x, y, parts, offsets, indices, format)
 
 
 def _fake_embedding(ids, packed, scales, biases, **format):  # type: ignore[no-untyped-def]
@@ -378,7 +378,7 @@ def _blocks(
         )
 
 
-def _by_expert(
+def by_expert(
     product: Kernel,
     x: Tensor,
     y: Tensor,

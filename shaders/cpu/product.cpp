@@ -335,7 +335,7 @@ INLINE void dots_rows(const Matrix& w, const i64 (&row)[R], const Packed& x, F (
 // of a stream to the memory's prefetchers.
 template <int M>
 static void dots(const Matrix& w, const Packed& x, const Output& out, int first, int end) {
-  constexpr int R = L >= 8 ? 2 : 1;
+  constexpr int R = L == 16 || (L == 8 && M * PLANES <= 2) ? 2 : 1;
   const int blocks = (end - first + L - 1) / L, apart = (blocks + R - 1) / R * L;
   alignas(64) float lanes[R][M][L * L];
   for (int n = first; n < first + apart; n += L) {
@@ -509,7 +509,7 @@ INLINE void tile_part(const uint32_t* w, const float* scales, const float* biase
 }
 
 // As many rows of x at a time as registers hold.
-constexpr int REGISTER_ROWS = L == 16 ? (PLANES == 2 ? 4 : 8) : L == 8 ? (PLANES == 2 ? 2 : 4) : 4;
+constexpr int REGISTER_ROWS = (L == 16 ? 8 : 4) / PLANES;
 
 constexpr int FEW = REGISTER_ROWS < 4 ? REGISTER_ROWS : 4;
 

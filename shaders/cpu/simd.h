@@ -61,7 +61,6 @@ INLINE V plus(V a, V b) { return _mm512_add_epi32(a, b); }
 INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
 INLINE F min_f(F a, F b) { return _mm512_min_ps(a, b); }
 INLINE F max_f(F a, F b) { return _mm512_max_ps(a, b); }
-INLINE V to_v(F v) { return _mm512_cvtps_epi32(v); }  // to the nearest, ties to even
 INLINE F nearest(F v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // `then` where a > b, else `other`.
 INLINE F choose_greater(F a, F b, F then, F other) {
@@ -105,7 +104,7 @@ INLINE V choose_nan(F v, V then, V other) {
   return _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), other, then);
 }
 INLINE V most(V a, V b) { return _mm512_max_epi32(a, b); }
-INLINE V to_nearest(F v) { return _mm512_cvtps_epi32(v); }
+INLINE V to_nearest(F v) { return _mm512_cvtps_epi32(v); }  // ties to even
 template <int S> INLINE V right_signed(V v) { return _mm512_srai_epi32(v, S); }
 INLINE V right_by(V v, V by) { return _mm512_srlv_epi32(v, by); }
 // Lane j of the result is lane at[j] of v.
@@ -189,7 +188,6 @@ template <int S> INLINE V right_signed(V v) { return _mm256_srai_epi32(v, S); }
 INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
 INLINE F min_f(F a, F b) { return _mm256_min_ps(a, b); }
 INLINE F max_f(F a, F b) { return _mm256_max_ps(a, b); }
-INLINE V to_v(F v) { return _mm256_cvtps_epi32(v); }
 INLINE F nearest(F v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE F choose_greater(F a, F b, F then, F other) {
   return _mm256_blendv_ps(other, then, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
@@ -245,7 +243,12 @@ INLINE V choose_nan(F v, V then, V other) {
 INLINE V right_by(V v, V by) { return _mm256_srlv_epi32(v, by); }
 INLINE F choose(F v, V at) { return _mm256_permutevar8x32_ps(v, at); }
 
-INLINE I dot_i(I sum, V w, V x) { return _mm256_add_epi32(sum, _mm256_madd_epi16(w, x)); }
+INLINE I dot_i(I sum, V w, V x) {
+  sum = _mm256_add_epi32(sum, _mm256_madd_epi16(w, x));
+  // Else compilers add products in pairs first, for which there are too few registers.
+  asm("" : "+x"(sum));
+  return sum;
+}
 INLINE V value_i(I sum) { return sum; }
 
 INLINE void transpose(V (&r)[L]) {
@@ -314,7 +317,6 @@ template <int S> INLINE V right_signed(V v) { return vshrq_n_s32(v, S); }
 INLINE F div(F a, F b) { return vdivq_f32(a, b); }
 INLINE F min_f(F a, F b) { return vminq_f32(a, b); }
 INLINE F max_f(F a, F b) { return vmaxq_f32(a, b); }
-INLINE V to_v(F v) { return vcvtnq_s32_f32(v); }
 INLINE F nearest(F v) { return vrndnq_f32(v); }
 INLINE F choose_greater(F a, F b, F then, F other) { return vbslq_f32(vcgtq_f32(a, b), then, other); }
 INLINE V masked(V v, V mask, V high) { return vorrq_s32(vandq_s32(v, mask), high); }

@@ -90,10 +90,14 @@ template <int TYPE, bool STREAM> INLINE void put_f(void* out, i64 at, F v) {
 // Where a register has room for all weights that a group can have, codes only choose.
 constexpr bool TABLE = 1 << BITS <= L && GROUP >= 2 * L;
 
+struct AllCodes {
+  alignas(64) int32_t at[L];
+  constexpr AllCodes() : at() { for (int i = 0; i < L; i++) at[i] = i & LEVELS; }
+};
+static constexpr AllCodes all_codes;
+
 template <int TYPE> INLINE V table_of(float scale, float bias, bool exact) {
-  int32_t codes[L];
-  for (int i = 0; i < L; i++) codes[i] = i & LEVELS;
-  const F v = weights_of<TYPE>(load(codes), scale, bias, exact);
+  const F v = weights_of<TYPE>(load(all_codes.at), scale, bias, exact);
   if constexpr (TYPE != 1) return TYPE == 2 ? to_bf16(v) : as_v(v);
   uint16_t halves[L];
   store_half(halves, v);
@@ -247,20 +251,21 @@ static F with_sign(F low, const void* w, i64 at, int count, int type) {
 // Up to L groups of a row from element `at` on. `zeros` is NaN from the first value on that
 // is not finite.
 template <int TYPE>
-static void quantize_groups(const void* w, i64 at, int count, uint8_t* words, void* scales, void* biases, i64 group, F& all_zeros) {
-  F zeros = zero_f();  // not in memory
+static void quantize_groups(const void* w, i64 at, int count, uint8_t* words, void* scales,
+                            void* biases, i64 group, F& zeros) {
   alignas(64) float lows[L * L] = {}, highs[L * L] = {};
   alignas(64) float scale[L], bias[L];
   for (int g = 0; g < count; g++) {
     F least = load_values(w, at + g * GROUP, TYPE), most = least;
-    zeros = fma(least, zero_f(), zeros);
+    F own = mul(least, zero_f());
 #pragma GCC unroll 4
     for (int i = L; i < GROUP; i += L) {
       const F v = load_values(w, at + g * GROUP + i, TYPE);
       least = min_f(least, v);
       most = max_f(most, v);
-      zeros = fma(v, zero_f(), zeros);
+      own = fma(v, zero_f(), own);
     }
+    zeros = add(zeros, own);
     store_f(lows + g * L, least);
     store_f(highs + g * L, most);
   }
@@ -283,19 +288,20 @@ static void quantize_groups(const void* w, i64 at, int count, uint8_t* words, vo
     for (int i = 0; i < GROUP; i += L) {
       F v = div(sub(load_values(w, at + g * GROUP + i, TYPE), b), s);
       v = min_f(max_f(v, zero_f()), set_f(LEVELS));
-      store_8(codes + g * GROUP + i, to_v(v));
+      store_8(codes + g * GROUP + i, to_nearest(v));
     }
   }
   fold(words, codes, count * GROUP);
-  all_zeros = add(all_zeros, zeros);
 }
 
 template <int TYPE>
-static bool quantize_row(const void* w, i64 at, uint8_t* words, void* scales, void* biases, i64 group, i64 groups) {
+static bool quantize_row(const void* w, i64 at, uint8_t* words, void* scales, void* biases,
+                         i64 group, i64 groups) {
   F zeros = zero_f();
   for (i64 g = 0; g < groups; g += L) {
     const int count = groups - g < L ? (int)(groups - g) : L;
-    quantize_groups<TYPE>(w, at + g * GROUP, count, words + g * (GROUP / 16) * BYTES_16, scales, biases, group + g, zeros);
+    quantize_groups<TYPE>(w, at + g * GROUP, count, words + g * (GROUP / 16) * BYTES_16, scales,
+                          biases, group + g, zeros);
   }
   float lanes[L];
   store_f(lanes, zeros);
@@ -315,7 +321,8 @@ extern "C" int affine_quantize(
   share((rows + step - 1) / step, rows * k < ALONE ? 1 : threads, [&](i64 item) {
     const i64 end = (item + 1) * step < rows ? (item + 1) * step : rows;
     for (i64 n = item * step; n < end && !bad; n++)
-      if (!quantize(w, n * row_stride, (uint8_t*)words + n * k / 16 * BYTES_16, scales, biases, n * groups, groups))
+      if (!quantize(w, n * row_stride, (uint8_t*)words + n * k / 16 * BYTES_16, scales, biases,
+                    n * groups, groups))
         bad = 1;
   });
   return bad;
@@ -323,8 +330,9 @@ extern "C" int affine_quantize(
 
 // ---- x @ W ----------------------------------------------------------------------
 
-// 4 rows of W at a time, times up to 4 rows of x, are added to sums in the caches. Sums begin anew every RUN rows: so their errors stay small. What a thread does
-// is a part of W's rows and a block of its columns.
+// 4 rows of W at a time, times up to 4 rows of x, are added to sums in the caches. Sums begin
+// anew every RUN rows: so their errors stay small. What a thread does is a part of W's rows and
+// a block of its columns; how W is cut depends on its shape alone.
 constexpr int MOST = 4;     // rows of x at a time
 constexpr int ROWS = 4;     // rows of W at a time
 constexpr int RUN = 256;    // rows of W
@@ -375,7 +383,8 @@ constexpr int column_of(int j, int h, int i) {
 }
 
 template <int H, int I, int M>
-INLINE void add_step(const V (&words)[ROWS], const F (&scale)[ROWS], const F (&bias)[ROWS], const float* x, float* sums) {
+INLINE void add_step(const V (&words)[ROWS], const F (&scale)[ROWS], const F (&bias)[ROWS],
+                     const float* x, float* sums) {
   if constexpr (I < S) {
     F w[ROWS];
 #pragma GCC unroll 4
@@ -396,7 +405,8 @@ INLINE void add_step(const V (&words)[ROWS], const F (&scale)[ROWS], const F (&b
 // `live` rows of W from row n on, columns from k to end, times x [M][RUN], added to sums
 // [chunk][step][M][L].
 template <int M>
-static void add_rows(const Matrix& w, i64 n, int live, i64 k, i64 end, const float* x, float* sums) {
+static void add_rows(const Matrix& w, i64 n, int live, i64 k, i64 end, const float* x,
+                     float* sums) {
   const i64 bytes = w.k / 16 * BYTES_16;
   i64 at = k / 16 * BYTES_16;
   const uint8_t* row[ROWS];
@@ -429,7 +439,8 @@ static i64 padded(i64 columns) { return (columns + CHUNK - 1) / CHUNK * CHUNK; }
 
 // Rows n to end of W, columns k to k_end: to sums.
 template <int M>
-static void multiply_part(const Product& p, const Chunk& chunk, i64 n, i64 end, i64 k, i64 k_end, float* sums) {
+static void multiply_part(const Product& p, const Chunk& chunk, i64 n, i64 end, i64 k, i64 k_end,
+                          float* sums) {
   alignas(64) float x[M * RUN], own[M * BLOCK];
   const i64 size = M * padded(k_end - k);
   for (bool first = true; n < end; n += RUN, first = false) {
@@ -447,7 +458,8 @@ static void multiply_part(const Product& p, const Chunk& chunk, i64 n, i64 end, 
 }
 
 // The sums of all parts, added and put in order, to y.
-static void write_block(const Product& p, const Chunk& chunk, const float* sums, i64 parts, i64 part_size, i64 k, i64 k_end) {
+static void write_block(const Product& p, const Chunk& chunk, const float* sums, i64 parts,
+                        i64 part_size, i64 k, i64 k_end) {
   float values[CHUNK];
   for (; k < k_end; k += CHUNK, sums += chunk.room() * CHUNK)
     for (int m = 0; m < chunk.m; m++) {
@@ -503,7 +515,8 @@ extern "C" int affine_matmul(
   const Matrix w = {(const uint8_t*)words, word_stride * 4, scales, scale_stride,
                     biases, bias_stride, part_type, n, k};
   std::vector<Chunk> chunks;
-  for (i64 i = 0; i < m; i += MOST) chunks.push_back({w, nullptr, i, (int)(m - i < MOST ? m - i : MOST)});
+  for (i64 i = 0; i < m; i += MOST)
+    chunks.push_back({w, nullptr, i, m - i < MOST ? (int)(m - i) : MOST});
   multiply({x, x_stride, y, y_stride, x_type}, chunks.data(), (i64)chunks.size(), threads);
   return 0;
 } catch (const std::bad_alloc&) {
@@ -538,8 +551,10 @@ extern "C" int affine_grouped_matmul(
     const Matrix w = {(const uint8_t*)words + e * expert_words * 4, word_stride * 4,
                       (const char*)scales + e * expert_scales * size, scale_stride,
                       (const char*)biases + e * expert_biases * size, bias_stride, part_type, n, k};
-    for (i64 i = from[e]; i < from[e + 1]; i += MOST)
-      chunks.push_back({w, owners ? order.data() + i : nullptr, i, (int)(from[e + 1] - i < MOST ? from[e + 1] - i : MOST)});
+    for (i64 i = from[e]; i < from[e + 1]; i += MOST) {
+      const int rows = from[e + 1] - i < MOST ? (int)(from[e + 1] - i) : MOST;
+      chunks.push_back({w, owners ? order.data() + i : nullptr, i, rows});
+    }
   }
   multiply({x, x_stride, y, y_stride, x_type}, chunks.data(), (i64)chunks.size(), threads);
   return 0;

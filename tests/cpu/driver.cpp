@@ -2,7 +2,8 @@
 // here, and no C++ library: sanitizers, other instruction sets and emulators run this as it is.
 //
 // Compile with -I shaders/cpu and the kernels' own definitions (BITS, GROUP, X). Arguments:
-// "full" for more cases, "threads" for two callers at once.
+// "full" for more cases, "threads" for two callers at once; "wrong", "short" and "race" do
+// what must be seen: a result that is wrong, a read past an end, two writers of one place.
 
 #include "product.cpp"
 
@@ -97,9 +98,7 @@ static double right(const Operands& o, const double* weights, int m, int n, doub
 
 static void compare(const Operands& o, Failures& failures) {
   const Case& c = o.of;
-  double* weights = (double*)malloc(sizeof(double) * o.w.rows * c.k);
-  for (int i = 0; i < o.w.rows; i++)
-    for (int k = 0; k < c.k; k++) weights[(i64)i * c.k + k] = o.w.value(i, k);
+  double* weights = o.w.dense();
   Error error;
   for (int m = 0; m < c.m; m++)
     for (int n = 0; n < c.n; n++) {
@@ -193,4 +192,30 @@ static int run(bool full, uint64_t seed) {
   return failed;
 }
 
-int main(int count, char** arguments) { return run_all(run, count, arguments) ? 1 : 0; }
+static int run_planted(const char* what) {
+  Random random(1);
+  use_runtime(false);
+  missing_bytes = !strcmp(what, "short");
+  const Case c = {3, L + 1, at_least(300), OWN_TYPE, 0, ONE};
+  Failures failures{c};
+  Operands o(c, random);
+  const auto call = [](void* o) -> void* {
+    ((Operands*)o)->call(((Operands*)o)->y.data, 0, 3, 1);
+    return nullptr;
+  };
+  pthread_t other;
+  if (!strcmp(what, "race")) pthread_create(&other, nullptr, call, &o);
+  call(&o);
+  if (!strcmp(what, "race")) pthread_join(other, nullptr);
+  if (!strcmp(what, "wrong")) {
+    for (int i = 0; i < 4; i++) o.w.words.data[i] ^= 255;
+    compare(o, failures);
+  }
+  return failures.count;
+}
+
+int main(int count, char** arguments) {
+  for (const char* planted : {"wrong", "short", "race"})
+    if (count == 2 && !strcmp(arguments[1], planted)) return run_planted(planted);
+  return run_all(run, count, arguments) ? 1 : 0;
+}

@@ -25,9 +25,10 @@ struct Buffer {
   Buffer(const Buffer&) = delete;
 
   // Full of random bytes; it ends with a page, or, one time in four, begins with one.
-  void make(int64_t bytes, Random& random) {
+  void make(int64_t bytes, Random& random) { make(bytes, random, random.below(4)); }
+
+  void make(int64_t bytes, Random& random, bool at_end) {
     size = bytes;
-    const bool at_end = random.below(4);
 #if defined(HAS_ASAN)
     (void)at_end;
     data = (uint8_t*)malloc(bytes);

@@ -28,6 +28,9 @@ static int at_least(int k) {
   return (k + step - 1) / step * step;
 }
 
+// So many bytes of packed words are not there: whether anybody sees that they are read.
+static int missing_bytes = 0;
+
 // [experts * n, k], random; rows are `apart` elements further apart than they are long.
 struct Weights {
   int rows, k, type, word_stride, stride;
@@ -35,7 +38,8 @@ struct Weights {
 
   Weights(int rows, int k, int type, int apart, Random& random)
       : rows(rows), k(k), type(type), word_stride(k * BITS / 32 + apart), stride(k / GROUP + apart) {
-    words.make(span(rows, word_stride, k * BITS / 32) * 4, random);
+    const int64_t bytes = span(rows, word_stride, k * BITS / 32) * 4 - missing_bytes;
+    words.make(bytes, random, missing_bytes || random.below(4));
     scales.make(span(rows, stride, k / GROUP) * bytes_of(type), random);
     biases.make(span(rows, stride, k / GROUP) * bytes_of(type), random);
     for (int n = 0; n < rows; n++)
@@ -58,6 +62,13 @@ struct Weights {
   double value(int n, int column) const {
     const int64_t at = (int64_t)n * stride + column / GROUP;
     return code(n, column) * number(scales.data, at, type) + number(biases.data, at, type);
+  }
+
+  double* dense() const {
+    double* all = (double*)malloc(sizeof(double) * rows * k);
+    for (int n = 0; n < rows; n++)
+      for (int i = 0; i < k; i++) all[(int64_t)n * k + i] = value(n, i);
+    return all;
   }
 };
 

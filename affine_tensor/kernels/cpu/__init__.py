@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ... import layout, ops
+from ...tensor import log_once
 from .. import settings
-from . import library
+from . import library, weights
 from .library import TYPES, Function, tidy
 
-__all__ = ["grouped_linear", "linear"]
+__all__ = ["grouped_linear", "linear", "weights"]
 
 _P, _I, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 # As affine_linear in shaders/cpu/product.cpp declares them.
@@ -29,7 +30,7 @@ _ARGUMENTS = (
 )
 
 # What affine_linear returns.
-_DONE = 0
+_DONE, _NOT_HERE = 0, 1
 
 _linear_functions: dict[Any, Function | None] = {}
 
@@ -95,14 +96,16 @@ def _call(
     ends: Tensor | None = None,
     owners: Tensor | None = None,
 ) -> int:
-    """One call for x [M, K], y [M, N] and tidy parts."""
+    """One call for x [M, K], y [..., N] without gaps, and tidy parts."""
     packed, scales, biases = parts
     experts = packed.dim() == 3
+    rows, columns = x.shape
+    outputs = y.shape[-1]
     return function(
         x.data_ptr(),
         x.stride(0),
         TYPES[x.dtype],
-        x.shape[0],
+        rows,
         None if permutation is None else permutation.data_ptr(),
         permutation.stride(0) if experts and permutation is not None else 0,
         packed.data_ptr(),
@@ -117,9 +120,9 @@ def _call(
         TYPES[scales.dtype],
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
-        y.stride(0),
-        y.shape[1],
-        x.shape[1],
+        outputs,
+        outputs,
+        columns,
         packed.shape[0] if experts else 1,
         None if ends is None else ends.data_ptr(),
         None if owners is None else owners.data_ptr(),
@@ -143,37 +146,33 @@ def linear(
 ) -> Tensor:
     """``x @ W.T + bias``; see `ops`."""
     function = _function(bits, group_size, dtype)
-    columns = scales.shape[-1] * group_size
-    rows = packed.shape[0]
+    shape = x.shape
+    rows, groups = scales.shape if scales.dim() == 2 else (0, 0)
+    columns = groups * group_size
     if (
-        function is None
-        or packed.dim() != 2
-        or x.dtype != dtype
-        or x.dim() == 0
-        or x.shape[-1] != columns
-        or x.numel() == 0
-        or rows == 0
-        or (bias is not None and (bias.dtype != dtype or bias.shape != (rows,)))
+        function is not None
+        and rows
+        and x.dtype is dtype
+        and x.numel()
+        and shape
+        and shape[-1] == columns
+        and packed.shape == (rows, columns * bits // 32)
+        and biases.shape == scales.shape
+        and biases.dtype is scales.dtype
+        and (bias is None or (bias.dtype is dtype and bias.shape == (rows,)))
     ):
-        return ops.reference("linear")(
-            x,
-            packed,
-            scales,
-            biases,
-            permutation,
-            bias,
-            bits=bits,
-            group_size=group_size,
-            dtype=dtype,
+        y = x.new_empty((*shape[:-1], rows))
+        done = _call(
+            function,
+            tidy(x if x.dim() == 2 else x.reshape(-1, columns)),
+            (tidy(packed), tidy(scales), tidy(biases)),
+            None if permutation is None else permutation.contiguous(),
+            None if bias is None else bias.contiguous(),
+            y,
         )
-    x2 = tidy(x if x.dim() == 2 else x.reshape(-1, columns))
-    y = x.new_empty((*x.shape[:-1], rows))
-    parts = (tidy(packed), tidy(scales), tidy(biases))
-    order = None if permutation is None else permutation.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    done = _call(function, x2, parts, order, bias, y.view(-1, rows))
-    if done == _DONE:
-        return y
+        if done == _DONE:
+            return y
+        _say_why(done)
     return ops.reference("linear")(
         x,
         packed,
@@ -185,6 +184,15 @@ def linear(
         group_size=group_size,
         dtype=dtype,
     )
+
+
+def _say_why(code: int) -> None:
+    if code == _NOT_HERE:
+        log_once(
+            "cpu inputs",
+            "a product dequantizes a packed weight: inputs are infinite, NaN, beyond "
+            "2 ** 100 or all below 2 ** -100, which the CPU's kernels do not multiply",
+        )
 
 
 @ops.register_kernel("grouped_linear", "cpu")
@@ -204,6 +212,7 @@ def grouped_linear(
     """Each row of x times the transpose of its expert's matrix; see `ops`."""
     ops.check_groups(x, packed, offsets, indices, "grouped_linear")
     ops.check_input(x, scales.shape[-1] * group_size, dtype, "grouped_linear")
+    layout.check_parts(packed, scales, biases, bits=bits, group_size=group_size)
     function = _function(bits, group_size, dtype)
     y = x.new_empty((len(x), packed.shape[1]))
     if function is not None and y.numel() and x.numel() and packed.numel():
@@ -219,6 +228,7 @@ def grouped_linear(
         )
         if done == _DONE:
             return y
+        _say_why(done)
     return ops.reference("grouped_linear")(
         x,
         packed,

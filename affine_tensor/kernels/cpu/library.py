@@ -148,4 +148,6 @@ def _address(library: ctypes.CDLL, name: str) -> int | None:
 
 def tidy(part: Tensor) -> Tensor:
     """With neighbours along the last dimension side by side."""
-    return part if part.stride(-1) == 1 else part.contiguous()
+    if part.is_contiguous() or part.stride(-1) == 1:
+        return part
+    return part.contiguous()
