@@ -125,7 +125,13 @@ def hard_pairs(dtype: torch.dtype) -> list[tuple[float, float]]:
     for tie in (387 / 64, 3075 / 64, 257 * 2.0**-134, 2049 * 2.0**-26):
         pairs += [(tie / 3, near), (tie / 3, -near), (tie, near), (-near, tie)]
     pairs += [(1 + 2.0**-23, 1e-20), (1 + 2.0**-23, -1e-20)]
-    return [*pairs, (16519105 * 2.0**-55, 1.0), (-16519105 * 2.0**-55, -1.0)]
+    pairs += [(16519105 * 2.0**-55, 1.0), (-16519105 * 2.0**-55, -1.0)]
+    # One bit too many for float32 and float64, by a carry: with codes 31 and 65.
+    return [
+        *pairs,
+        (1057 * 2.0**-23, 2 - 2.0**-10),
+        (16519105 * 2.0**-52, 2 - 2.0**-23),
+    ]
 
 
 def parts_for(bits: int, group: int, dtype: torch.dtype) -> Parts:

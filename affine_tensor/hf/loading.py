@@ -26,8 +26,11 @@ from ..checkpoint.files import CONFIG, Checkpoint, CheckpointError
 from ..checkpoint.load import LoadReport
 from ..checkpoint.names import is_tower
 from ..tensor import logger
+from . import attention
 from .config import METHOD, AffineQuantizationConfig
 from .quantizer import DenseTensor, Loading, current
+
+attention.register()
 
 # The stock one, whatever `register` puts in its place.
 _stock_from_pretrained = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]

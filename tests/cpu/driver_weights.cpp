@@ -169,10 +169,12 @@ static void run_matmul(int m, int n, int k, int type, Experts experts, Random& r
   for (int i = 0; i < m; i++) {
     int e = experts == OWNERS ? (int)owners.as<i64>()[i] : experts == ONE ? 0 : -1;
     for (int j = count - 1; experts == ENDS && j >= 0; j--) e = i < ends.as<i64>()[j] ? j : e;
+    double row[300];
+    for (int j = 0; j < n; j++) row[j] = number(x.data, (i64)i * (n + apart) + j, type);
     for (int c = 0; c < k; c++) {
       double sum = 0, squares = 0;
       for (int j = 0; j < n && e >= 0; j++) {
-        const double term = number(x.data, (i64)i * (n + apart) + j, type) * weights[((i64)e * n + j) * k + c];
+        const double term = row[j] * weights[((i64)e * n + j) * k + c];
         sum += term;
         squares += term * term;
       }

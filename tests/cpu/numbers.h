@@ -56,11 +56,14 @@ static double number(const void* p, int64_t at, int type) {
   memcpy(&bits, from, 2);
   const int fraction_bits = type == 1 ? 10 : 7, bias = type == 1 ? 15 : 127;
   const int most = 2 * bias + 1, exponent = bits >> fraction_bits & most;
-  const int fraction = bits & ((1 << fraction_bits) - 1);
+  const uint64_t fraction = bits & ((1 << fraction_bits) - 1);
   const double sign = bits >> 15 ? -1 : 1;
   if (exponent == most) return fraction ? NAN : sign * INFINITY;
-  if (exponent == 0) return sign * ldexp(fraction, 1 - bias - fraction_bits);
-  return sign * ldexp(fraction + (1 << fraction_bits), exponent - bias - fraction_bits);
+  if (exponent == 0) return sign * (double)fraction * (type == 1 ? 0x1p-24 : 0x1p-133);
+  const uint64_t word = (uint64_t)(exponent - bias + 1023) << 52 | fraction << (52 - fraction_bits);
+  double v;
+  memcpy(&v, &word, 8);
+  return sign * v;
 }
 
 static uint16_t half_of(double v, int type) {

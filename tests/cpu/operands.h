@@ -67,7 +67,12 @@ struct Weights {
   double* dense() const {
     double* all = (double*)malloc(sizeof(double) * rows * k);
     for (int n = 0; n < rows; n++)
-      for (int i = 0; i < k; i++) all[(int64_t)n * k + i] = value(n, i);
+      for (int g = 0; g < k / GROUP; g++) {
+        const double scale = number(scales.data, (int64_t)n * stride + g, type);
+        const double bias = number(biases.data, (int64_t)n * stride + g, type);
+        for (int i = g * GROUP; i < (g + 1) * GROUP; i++)
+          all[(int64_t)n * k + i] = code(n, i) * scale + bias;
+      }
     return all;
   }
 };
