@@ -81,7 +81,10 @@ class Ours(Dense):
         self.packages = ("affine-tensor", *self.packages)
 
     def load(self, path: Path) -> None:
-        self.model = self.from_pretrained(path).eval()
+        # torch's attention for one query is slow in bfloat16: see affine_tensor.hf.attention
+        attention = "sdpa_float32"
+        model = self.from_pretrained(path, attn_implementation=attention)
+        self.model = model.eval()
 
 
 class TorchAO(Dense):

@@ -94,13 +94,14 @@ def compile_driver(build: Build, machine: Machine, folder: Path) -> Path:
     command = [*machine.command, *FLAGS, *machine.flags]
     if machine.not_run:
         run([*command, "-c", *build.sources, "-o", str(program)])
-    elif is_zig(machine.command) and build.driver == "driver" and not build.sanitizer:
-        # zig compiles its C++ library at first use, for minutes, and that of C for each
-        # CPU: products need only the latter, of any CPU.
-        without = ["-fno-exceptions", "-DNO_CXX_LIBRARY"]
-        run([*command, *without, "-c", *build.sources, "-o", f"{program}.o"])
+    elif is_zig(machine.command) and not build.sanitizer:
+        # At first use zig compiles its libraries of C and C++, anew for each CPU: the
+        # latter takes minutes, and products need none.
+        bare = build.driver == "driver"
+        own = ["-fno-exceptions", "-DNO_CXX_LIBRARY"] if bare else []
+        run([*command, *own, "-c", *build.sources, "-o", f"{program}.o"])
         flags = [flag for flag in machine.flags if not flag.startswith("-mcpu")]
-        link = [*machine.command, *flags, "-nostdlib++"]
+        link = [*machine.command, *flags, *(["-nostdlib++"] if bare else [])]
         run([*link, f"{program}.o", "-o", str(program)])
     else:
         run([*command, *build.sources, "-pthread", "-o", str(program)])
@@ -120,9 +121,8 @@ class Programs:
         self._pool = ThreadPoolExecutor(os.cpu_count())
         self._programs: dict[Build, Future[Path]] = {}
         for item in request.session.items:
-            build = getattr(item, "callspec", None) and item.callspec.params.get(
-                "build"
-            )
+            parameters = getattr(item, "callspec", None)
+            build = parameters and parameters.params.get("build")
             if item.path != request.path or not build or build in self._programs:
                 continue
             machine = machine_of(build)
