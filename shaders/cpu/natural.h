@@ -42,12 +42,27 @@ INLINE void codes_16(const uint8_t* p, V (&v)[HERE]) {
     v[h] = both(right_by(spread, load(places.bits)), set(LEVELS));
   }
 #else
-  uint64_t some[2] = {};
-  memcpy(&some[0], p, BITS);
-  memcpy(&some[1], p + BITS, BITS);
-  int32_t codes[16];
-  for (int i = 0; i < 16; i++) codes[i] = (int32_t)(some[i / 8] >> (i % 8 * BITS)) & LEVELS;
-  for (int h = 0; h < HERE; h++) v[h] = load(codes + h * L);
+  struct All {  // as Places, of 16 codes, whose second half begins at byte 8
+    uint8_t bytes[64];
+    int32_t bits[16];
+    constexpr All() : bytes(), bits() {
+      for (int i = 0; i < 16; i++) {
+        for (int b = 0; b < 4; b++)
+          bytes[4 * i + b] = b < 2 ? i / 8 * 8 + i % 8 * BITS / 8 + b : 0x80;
+        bits[i] = i % 8 * BITS % 8;
+      }
+    }
+  };
+  static constexpr All all;
+  uint64_t low = 0, high = 0;
+  memcpy(&low, p, BITS);
+  memcpy(&high, p + BITS, BITS);
+  const uint8x16_t some = vcombine_u8(vcreate_u8(low), vcreate_u8(high));
+#pragma GCC unroll 4
+  for (int h = 0; h < HERE; h++) {
+    const uint8x16_t spread = vqtbl1q_u8(some, vld1q_u8(all.bytes + 16 * h));
+    v[h] = both(right_by(vreinterpretq_s32_u8(spread), load(all.bits + L * h)), set(LEVELS));
+  }
 #endif
 }
 

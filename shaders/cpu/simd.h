@@ -381,7 +381,7 @@ INLINE I dot_i(I sum, V w, V x) {
   return sum;
 }
 INLINE V value_i(I sum) { return vpaddq_s32(sum.first, sum.second); }
-#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) || defined(__ARM_FEATURE_BF16)
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #define HAS_BF16 1
 INLINE F dot_b(F sum, V w, V x) {
   return vbfdotq_f32(sum, vreinterpretq_bf16_s32(w), vreinterpretq_bf16_s32(x));

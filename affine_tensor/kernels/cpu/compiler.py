@@ -62,7 +62,10 @@ class Compiler:
     @property
     def multiplies_bfloat16(self) -> bool:
         """Whether the CPU has dot products of bfloat16."""
-        names = {"AVX-512": "__AVX512BF16__", "NEON": "__ARM_FEATURE_BF16"}
+        names = {
+            "AVX-512": "__AVX512BF16__",
+            "NEON": "__ARM_FEATURE_BF16_VECTOR_ARITHMETIC",
+        }
         return names.get(self.vectors or "") in self.macros
 
 
