@@ -119,6 +119,15 @@ def test_without_kernels_the_reference_is_checked(
     assert re.search(r"linear, 1 row +reference +2 +0\.\d\d  ok", text)
 
 
+def test_kernels_of_the_cpu_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    if not machine.has_kernels("cpu"):
+        pytest.skip("there is no C++ compiler here, or no vectors")
+    assert doctor.main(["--quick", "--device", "cpu", "--only", "1 row"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"kernels   (AVX-512|AVX2|NEON)[^,]*, compiled by ", text)
+    assert re.search(r"linear, 1 row .* 2 +0\.\d\d  ok", text)
+
+
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is an MPS device")
 def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(["--device", "mps"]) == 1

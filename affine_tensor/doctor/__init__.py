@@ -13,7 +13,6 @@ from dataclasses import asdict
 
 import torch
 
-from .. import ops
 from ..kernels import machine, settings
 from ..quantize import format_table
 from .operators import check_operators
@@ -81,10 +80,20 @@ def describe(kind: str) -> str:
     ]
     if kind == "mps":
         rows += _describe_metal()
-    elif not any(kind in own for own in ops._kernels.values()):
+    elif not machine.has_kernels(kind):
         text = f"none of our own for {kind}: what is checked is the reference"
         rows.append(("kernels", text))
+    elif kind == "cpu":
+        rows.append(("kernels", _describe_cpu()))
     return "\n".join(f"{name:<10}{text}" for name, text in rows)
+
+
+def _describe_cpu() -> str:
+    from ..kernels.cpu import compiler
+
+    found = compiler.find()
+    products = " with products of bfloat16" if found.multiplies_bfloat16 else ""
+    return f"{found.vectors}{products}, compiled by {' '.join(found.command)}"
 
 
 def _describe_metal() -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..tensor import AffineQuantizedTensor
+from .machine import has_kernels
 
 
 def warmup(model: nn.Module, rows: Sequence[int] = (1, 8, 512)) -> int:
@@ -29,7 +30,8 @@ def warmup(model: nn.Module, rows: Sequence[int] = (1, 8, 512)) -> int:
     done: set[Hashable] = set()
     with torch.no_grad():
         for op, weight, bias in _uses(model):
-            if ops.kernel(op, weight._packed) is None:
+            device = ops.device_of(weight._packed)
+            if ops.kernel(op, weight._packed) is None or not has_kernels(device):
                 continue
             key = (op, *_kind(weight), *(() if bias is None else (bias.dtype,)))
             if key not in done:

@@ -47,19 +47,23 @@ constexpr int byte_of(int j, int h) {
 }
 
 constexpr uint32_t MASK = ((1u << BITS) - 1) * 0x10001u;
-// bfloat16 has 8 bits, so that 128 | code is the number 128 + code. The 128 is taken off
-// where sums begin.
-constexpr float SHIFTED = X == 0 ? 128 : 0;
+// bfloat16 has 8 bits, so that 128 | code is the number 128 + code. Sums begin such that the
+// 128 is gone and codes count from the middle of their range: there, the groups' biases are
+// small, and little is lost when the two parts of a weight cancel out.
+constexpr int MIDDLE = BITS == 1 ? 0 : 1 << (BITS - 1);
+constexpr int SHIFT = (X == 0 ? 128 : 0) + MIDDLE;
 constexpr uint32_t HIGH = X == 0 ? 0x43004300u : 0;
 
 #if X == 0
 typedef F Sum;
 INLINE Sum dot(Sum sum, V w, V x) { return dot_b(sum, w, x); }
 INLINE F value_of(Sum sum) { return sum; }
+INLINE Sum begin(V bits) { return as_f(bits); }
 #else
 typedef I Sum;
 INLINE Sum dot(Sum sum, V w, V x) { return dot_i(sum, w, x); }
 INLINE F value_of(Sum sum) { return to_f(value_i(sum)); }
+INLINE Sum begin(V bits) { return I(bits); }
 #endif
 
 struct Masks {

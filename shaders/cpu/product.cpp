@@ -44,7 +44,8 @@ constexpr int FEWEST = 2;          // rows of x that dots take at most
 constexpr int MOST = 8;            // rows of x in a tile
 constexpr int AHEAD = 4096;        // bytes of a row's words that are fetched before their turn
 constexpr int PARTS_AHEAD = 1024;  // the same of scales and biases
-constexpr int EXTRA = L;           // floats that go with a chunk, see Packed
+constexpr int EXTRA = L * (X == 0 ? 1 : PLANES + 1);  // what goes with a chunk, see Packed
+constexpr int OF_ROW = PLANES * S * L + EXTRA;         // and all that a row of x has of one
 constexpr int TILE_CODES = 256;    // of K, brought out at a time
 constexpr int TILE_PAIRS = TILE_CODES / 2;
 constexpr int TILE_ROWS = COLUMNS * L;
@@ -54,24 +55,26 @@ static_assert(TILE_CODES % CHUNK == 0 && TILE_CODES % GROUP == 0, "tiles");
 // ---- inputs, in the order of the products ---------------------------------------
 
 // For dots: [chunk][row][plane][step][lane] pairs of 16 bits, then for each chunk and row
-// L floats: the sums' beginnings (X == 0) or the inputs' scales. For tiles, each part of K
-// of all of them in turn: [part][tile][plane][pair][row], and those floats are one for each
-// row and group.
+// L numbers for each plane, where its sums begin, and L inputs' scales (X > 0). For tiles, each
+// part of K of all of them in turn: [part][tile][plane][pair][row]; where sums begin and the
+// scales are there one for each row and group.
 struct Packed {
   uint32_t* pairs;
   float* sums;    // of a group's inputs: dots [batch][row][L], tiles [tile][group][row]
-  float* scales;  // tiles with X > 0: as sums
+  float* scales;  // tiles: as sums
+  int32_t* starts;  // tiles: [plane] as sums; the bits of floats for X == 0
   int m, rows;    // rows of x, and those that there is room for
   int k, chunks;
   bool tiles;
 
-  i64 per_chunk() const { return (i64)rows * (PLANES * S * L + EXTRA); }
+  i64 per_chunk() const { return (i64)rows * OF_ROW; }
   i64 tile_part(i64 tile, i64 part) const { return (part * (rows / MOST) + tile) * PLANES * TILE_PLANE; }
   i64 size() const {
     return tiles ? tile_part(0, (k + TILE_CODES - 1) / TILE_CODES) : per_chunk() * chunks;
   }
   int batches() const { return (k / GROUP + L - 1) / L; }
   i64 sums_size() const { return (i64)rows * (tiles ? k / GROUP : batches() * L); }
+  i64 all() const { return size() + 15 + (tiles ? 2 + PLANES : 1) * sums_size(); }
 };
 
 INLINE int32_t most_of(V v) {
@@ -122,9 +125,9 @@ static bool read_row(float* out, const void* x, i64 at, int type, const int32_t*
   return largest < bits_of_power(100) && (largest == 0 || largest >= bits_of_power(-100));
 }
 
-// 16-bit numbers [k] for each plane, and for each group the scale and the sum of its
-// inputs, of which there are GROUP.
-static void make_halves(uint16_t* out, i64 plane, float* scales, float* sums, const float* x, int k) {
+// 16-bit numbers [k] for each plane, and for each group the scale and the sum of its inputs,
+// and where sums of its products begin, [group][plane].
+static void make_halves(uint16_t* out, i64 plane, float* scales, float* sums, int32_t* starts, const float* x, int k) {
   for (int g = 0; g < k / GROUP; g++, x += GROUP, out += GROUP) {
     if constexpr (X == 0) {
       F sum = zero_f();
@@ -135,6 +138,8 @@ static void make_halves(uint16_t* out, i64 plane, float* scales, float* sums, co
       }
       sums[g] = (float)sum_of(sum);
       scales[g] = 1;
+      const float start = -SHIFT * sums[g];
+      memcpy(&starts[g], &start, 4);
       continue;
     }
     V most = zero(), total = zero(), low = zero();
@@ -158,7 +163,10 @@ static void make_halves(uint16_t* out, i64 plane, float* scales, float* sums, co
       store_16(out + i, q);
     }
     // Exactly what is multiplied, summed up: errors of rounding x meet whole weights.
-    sums[g] = (float)(scales[g] * (X == 2 ? 32768 * sum_of(total) + sum_of(low) : sum_of(total)));
+    const double high_sum = sum_of(total), low_sum = sum_of(low);
+    sums[g] = (float)(scales[g] * (X == 2 ? 32768 * high_sum + low_sum : high_sum));
+    starts[g * PLANES] = -SHIFT * (int32_t)high_sum;
+    if (X == 2) starts[g * PLANES + PLANES - 1] = -SHIFT * (int32_t)low_sum;
   }
 }
 
@@ -175,27 +183,33 @@ struct Places {
   }
 };
 
-static void place_for_dots(const Packed& to, int m, const uint16_t* in, i64 plane, const float* scales, const float* sums) {
+static void place_for_dots(const Packed& to, int m, const uint16_t* in, i64 plane, const float* scales, const float* sums, const int32_t*) {
   static constexpr Places places;
   const int groups = to.k / GROUP;
   for (int c = 0; c < to.chunks; c++, in += CHUNK) {
-    uint32_t* out = to.pairs + c * to.per_chunk() + (i64)m * (PLANES * S * L + EXTRA);
+    uint32_t* out = to.pairs + c * to.per_chunk() + (i64)m * OF_ROW;
     for (int p = 0; p < PLANES; p++) {
       uint16_t* halves = (uint16_t*)(out + p * S * L);
       for (int i = 0; i < CHUNK; i++) halves[places.at[i]] = in[p * plane + i];
     }
-    float* extra = (float*)(out + PLANES * S * L);
+    uint32_t* extra = out + PLANES * S * L;
     if constexpr (X == 0) {
       F sum = zero_f();
       for (int i = 0; i < S; i++) {
         const V v = load(out + i * L);
         sum = add(sum, add(as_f(left<16>(v)), as_f(both(v, set((int32_t)0xffff0000)))));
       }
-      store_f(extra, mul(sum, set_f(-SHIFTED)));
+      store_f((float*)extra, mul(sum, set_f(-SHIFT)));
     } else {
+      const V shift = set((int32_t)((uint32_t)-SHIFT << 16 | (-SHIFT & 0xffff)));
+      for (int p = 0; p < PLANES; p++) {
+        auto sum = I(zero());
+        for (int i = 0; i < S; i++) sum = dot_i(sum, load(out + (p * S + i) * L), shift);
+        store(extra + p * L, value_i(sum));
+      }
       for (int j = 0; j < L; j++) {
         const int g = (c * L + j) / LANES;
-        extra[j] = g < groups ? scales[g] : 0;
+        ((float*)extra)[PLANES * L + j] = g < groups ? scales[g] : 0;
       }
     }
   }
@@ -203,7 +217,7 @@ static void place_for_dots(const Packed& to, int m, const uint16_t* in, i64 plan
     to.sums[((i64)(g / L) * to.rows + m) * L + g % L] = g < groups ? sums[g] : 0;
 }
 
-static void place_for_tiles(const Packed& to, int m, const uint16_t* in, i64 plane, const float* scales, const float* sums) {
+static void place_for_tiles(const Packed& to, int m, const uint16_t* in, i64 plane, const float* scales, const float* sums, const int32_t* starts) {
   const int tile = m / MOST, row = m % MOST, groups = to.k / GROUP;
   for (int p = 0; p < PLANES; p++, in += plane) {
     for (int i = 0; i < to.k; i += 16) {
@@ -217,7 +231,9 @@ static void place_for_tiles(const Packed& to, int m, const uint16_t* in, i64 pla
   for (int g = 0; g < groups; g++) {
     const i64 at = ((i64)tile * groups + g) * MOST + row;
     to.sums[at] = sums[g];
-    to.scales[at] = X == 0 ? -SHIFTED * sums[g] : scales[g];
+    to.scales[at] = scales[g];
+    for (int p = 0; p < PLANES; p++)
+      to.starts[(((i64)tile * groups + g) * PLANES + p) * MOST + row] = starts[g * PLANES + p];
   }
 }
 
@@ -242,7 +258,7 @@ INLINE void dots_step(const V (&w)[R], Sum (&sum)[R][M][PLANES], const uint32_t*
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 2
       for (int p = 0; p < PLANES; p++) {
-        const V xv = load(x + m * (PLANES * S * L + EXTRA) + (p * S + I) * L);
+        const V xv = load(x + m * OF_ROW + (p * S + I) * L);
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) sum[r][m][p] = dot(sum[r][m][p], v[r], xv);
       }
@@ -254,21 +270,15 @@ template <int M, int R>
 INLINE void dots_chunk(const V (&w)[R], const F (&scale)[R], F (&total)[R][M], const uint32_t* x, const Masks& masks) {
   Sum sum[R][M][PLANES];
 #pragma GCC unroll 8
-  for (int m = 0; m < M; m++) {
-    const float* extra = (const float*)(x + m * (PLANES * S * L + EXTRA) + PLANES * S * L);
+  for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-    for (int r = 0; r < R; r++) {
-#if X == 0
-      sum[r][m][0] = load_f(extra);
-#else
-      for (int p = 0; p < PLANES; p++) sum[r][m][p] = zero();
-#endif
-    }
-  }
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+      for (int p = 0; p < PLANES; p++)
+        sum[r][m][p] = begin(load(x + m * OF_ROW + (PLANES * S + p) * L));
   dots_step<0, M, R>(w, sum, x, masks);
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++) {
-    const float* extra = (const float*)(x + m * (PLANES * S * L + EXTRA) + PLANES * S * L);
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
 #if X == 0
@@ -276,7 +286,8 @@ INLINE void dots_chunk(const V (&w)[R], const F (&scale)[R], F (&total)[R][M], c
 #else
       F value = value_of(sum[r][m][0]);
       if constexpr (X == 2) value = fma(value, set_f(32768), value_of(sum[r][m][PLANES - 1]));
-      total[r][m] = fma(scale[r], mul(value, load_f(extra)), total[r][m]);
+      const F own = load_f((const float*)x + m * OF_ROW + PLANES * (S + 1) * L);
+      total[r][m] = fma(scale[r], mul(value, own), total[r][m]);
 #endif
     }
   }
@@ -299,7 +310,7 @@ INLINE void dots_rows(const Matrix& w, const i64 (&row)[R], const Packed& x, F (
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
       scale[r] = parts_at(w.scales, row[r] * w.scale_stride, batch * L, groups, w.part_type);
-      const F bias = parts_at(w.biases, row[r] * w.bias_stride, batch * L, groups, w.part_type);
+      const F bias = fma(scale[r], set_f(MIDDLE), parts_at(w.biases, row[r] * w.bias_stride, batch * L, groups, w.part_type));
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) total[r][m] = fma(bias, load_f(sums + m * L), total[r][m]);
     }
@@ -314,7 +325,7 @@ INLINE void dots_rows(const Matrix& w, const i64 (&row)[R], const Packed& x, F (
         own[r] = spread_scale(scale[r], in_batch);
       }
       dots_chunk<M, R>(v, own, total, xc, masks);
-      xc += M * (PLANES * S * L + EXTRA);
+      xc += M * OF_ROW;
       c++;
     };
     const int whole = w.k / CHUNK - c < LANES ? w.k / CHUNK - c : LANES;
@@ -467,7 +478,7 @@ INLINE void fetch_rows(const Matrix& w, int first, int k, int g) {
 
 // A part of K, as `bring` brought it, times ROWS rows of x: adds to y [row][column].
 template <bool CODES, int ROWS>
-INLINE void tile_part(const uint32_t* w, const float* scales, const float* biases, const uint32_t* x, const float* x_scales, const float* sums, int groups, float* y, const Matrix* ahead, int first, int k) {
+INLINE void tile_part(const uint32_t* w, const float* scales, const float* biases, const uint32_t* x, const float* x_scales, const float* sums, const int32_t* starts, int groups, float* y, const Matrix* ahead, int first, int k) {
   const Masks masks;
   for (int g = 0; g < groups; g++) {
     if (ahead) fetch_rows(*ahead, first, k, g);
@@ -476,11 +487,9 @@ INLINE void tile_part(const uint32_t* w, const float* scales, const float* biase
     for (int m = 0; m < ROWS; m++)
 #pragma GCC unroll 4
       for (int c = 0; c < COLUMNS; c++)
-#if X == 0
-        sum[0][m][c] = set_f(x_scales[g * MOST + m]);
-#else
-        for (int p = 0; p < PLANES; p++) sum[p][m][c] = zero();
-#endif
+#pragma GCC unroll 2
+        for (int p = 0; p < PLANES; p++)
+          sum[p][m][c] = begin(set(starts[(g * PLANES + p) * MOST + m]));
     if constexpr (CODES) {
       for (int i = 0; i < GROUP / 2; i++, w += TILE_ROWS, x += MOST) {
         V codes[COLUMNS];
@@ -543,6 +552,8 @@ static bool tiles(const Matrix& w, const Packed& x, const Output& out, int first
   float* y = biases + parts;
   turn_parts(w, w.scales, w.scale_stride, first, scales);
   turn_parts(w, w.biases, w.bias_stride, first, biases);
+  for (i64 i = 0; i < parts; i += L)
+    store_f(biases + i, fma(load_f(scales + i), set_f(MIDDLE), load_f(biases + i)));
   memset(y, 0, sizeof(float) * x.rows * TILE_ROWS);
   for (int k = 0; k < w.k; k += TILE_CODES) {
     bring<CODES>(w, first, k, part);
@@ -553,7 +564,7 @@ static bool tiles(const Matrix& w, const Packed& x, const Output& out, int first
       tile_part<CODES, ROWS>(
           part, scales + (i64)g * TILE_ROWS, biases + (i64)g * TILE_ROWS,
           x.pairs + x.tile_part(tile, k / TILE_CODES) + row, x.scales + at,
-          x.sums + at, now, y + (i64)m * TILE_ROWS, m ? nullptr : &w, first, k);
+          x.sums + at, x.starts + ((tile * groups + g) * PLANES) * MOST + row, now, y + (i64)m * TILE_ROWS, m ? nullptr : &w, first, k);
     }
   }
   for (int m = 0; m < x.m; m++)
@@ -593,18 +604,19 @@ struct Call {
 
 static void pack_row(Call& call, const Job& job, int m) {
   const int k = job.w.k, padded = job.x.chunks * CHUNK, groups = k / GROUP;
-  float* values = (float*)own_scratch.get(sizeof(float) * (padded + L + 2 * groups) + 2 * PLANES * padded);
+  float* values = (float*)own_scratch.get(sizeof(float) * (padded + L + (2 + PLANES) * groups) + 2 * PLANES * padded);
   if (!values) {
     call.fail(NO_MEMORY);
     return;
   }
   float *scales = values + padded + L, *sums = scales + groups;
-  uint16_t* halves = (uint16_t*)(sums + groups);
+  int32_t* starts = (int32_t*)(sums + groups);
+  uint16_t* halves = (uint16_t*)(starts + PLANES * groups);
   if (!read_row(values, call.x, job.out.row(m) * call.x_stride, call.x_type, job.permutation, k))
     call.fail(NOT_HERE);
-  make_halves(halves, padded, scales, sums, values, k);
+  make_halves(halves, padded, scales, sums, starts, values, k);
   for (int p = 0; p < PLANES; p++) memset(halves + p * padded + k, 0, 2 * (padded - k));
-  (job.x.tiles ? place_for_tiles : place_for_dots)(job.x, m, halves, padded, scales, sums);
+  (job.x.tiles ? place_for_tiles : place_for_dots)(job.x, m, halves, padded, scales, sums, starts);
 }
 
 static void pack_some(void* data) {
@@ -662,7 +674,7 @@ static int run(Call& call, int threads) {
   size_t size = 0;
   for (int j = 0; j < call.count; j++) {
     const Packed& x = call.jobs[j].x;
-    size += (x.size() + (x.tiles ? 2 : 1) * x.sums_size() + 31) / 16 * 16;
+    size += (x.all() + 15) / 16 * 16;
   }
   uint32_t* room = (uint32_t*)call_scratch.get(size * sizeof(float));
   if (!room) return NO_MEMORY;
@@ -674,9 +686,10 @@ static int run(Call& call, int threads) {
     x.pairs = room;
     x.sums = (float*)room + (x.size() + 15) / 16 * 16;
     x.scales = x.sums + x.sums_size();
+    x.starts = (int32_t*)x.scales + x.sums_size();
     // Rows that fill up: zeros.
-    if (x.m < x.rows) memset(room, 0, sizeof(float) * (x.size() + 15 + (x.tiles ? 2 : 1) * x.sums_size()));
-    room += (x.size() + (x.tiles ? 2 : 1) * x.sums_size() + 31) / 16 * 16;
+    if (x.m < x.rows) memset(room, 0, sizeof(float) * x.all());
+    room += (x.all() + 15) / 16 * 16;
     job.first_item = call.items;
     call.items += job.items;
     call.rows += x.m;

@@ -28,6 +28,14 @@ _functions: dict[Any, Function | None] = {}
 _alone = False  # in a forked process, whose parent's threads are not there
 
 
+def available() -> bool:
+    """Whether kernels are wanted, and there is what compiles them for this CPU."""
+    try:
+        return settings.cpu_backend == "own" and compiler.find().vectors is not None
+    except KernelError:
+        return False
+
+
 def kind(bits: int, dtype: torch.dtype) -> int:
     """How inputs of a dtype are multiplied on this CPU."""
     if dtype == torch.float32:
