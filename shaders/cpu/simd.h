@@ -284,7 +284,7 @@ typedef float32x4_t F;
 struct I {
   int32x4_t first, second;
   I() = default;
-  I(V v) : first(v), second(vdupq_n_s32(0)) {}
+  I(V v) : first(vzip1q_s32(v, vdupq_n_s32(0))), second(vzip2q_s32(v, vdupq_n_s32(0))) {}
 };
 
 INLINE V load(const void* p) { return vreinterpretq_s32_u8(vld1q_u8((const uint8_t*)p)); }
