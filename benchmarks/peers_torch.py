@@ -81,7 +81,7 @@ class Ours(Dense):
         self.packages = ("affine-tensor", *self.packages)
 
     def load(self, path: Path) -> None:
-        # torch's attention for one query is slow in bfloat16: see affine_tensor.hf.attention
+        # torch's own is slow for one query in bfloat16: see hf.attention
         attention = "sdpa_float32"
         model = self.from_pretrained(path, attn_implementation=attention)
         self.model = model.eval()
