@@ -612,8 +612,10 @@ static void pack_row(Call& call, const Job& job, int m) {
   float *scales = values + padded + L, *sums = scales + groups;
   int32_t* starts = (int32_t*)(sums + groups);
   uint16_t* halves = (uint16_t*)(starts + PLANES * groups);
-  if (!read_row(values, call.x, job.out.row(m) * call.x_stride, call.x_type, job.permutation, k))
+  if (!read_row(values, call.x, job.out.row(m) * call.x_stride, call.x_type, job.permutation, k)) {
     call.fail(NOT_HERE);
+    return;
+  }
   make_halves(halves, padded, scales, sums, starts, values, k);
   for (int p = 0; p < PLANES; p++) memset(halves + p * padded + k, 0, 2 * (padded - k));
   (job.x.tiles ? place_for_tiles : place_for_dots)(job.x, m, halves, padded, scales, sums, starts);
