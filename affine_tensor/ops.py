@@ -49,6 +49,7 @@ _BLOCK = 1 << 22
 _library = torch.library.Library("affine_tensor", "DEF")
 _reference: dict[str, Kernel] = {}
 _kernels: dict[str, dict[str, Kernel]] = {op: {} for op in _SCHEMAS}
+_usable: dict[str, Callable[[], bool]] = {}
 
 
 def device_of(tensor: Tensor) -> str:
@@ -72,6 +73,22 @@ def register_kernel(op: str, device: str) -> Callable[[Kernel], Kernel]:
         return kernel
 
     return register
+
+
+def usable_if(device: str) -> Callable[[Callable[[], bool]], Callable[[], bool]]:
+    """Let the decorated function say whether a device's kernels can be used here."""
+
+    def register(question: Callable[[], bool]) -> Callable[[], bool]:
+        _usable[device] = question
+        return question
+
+    return register
+
+
+def has_kernels(device: str) -> bool:
+    """Whether a device has kernels that can be used on this machine."""
+    registered = any(device in own for own in _kernels.values())
+    return registered and (device not in _usable or _usable[device]())
 
 
 def kernel(op: str, tensor: Tensor) -> Kernel | None:

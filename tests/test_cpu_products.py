@@ -257,6 +257,57 @@ def test_parts_that_do_not_fit_are_refused(reference: Any) -> None:
         )
 
 
+@pytest.mark.parametrize("power", [-100, -95, -61, -60, -40, 99])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=layout.name_of)
+def test_small_and_large_rows(dtype: torch.dtype, power: int, reference: Any) -> None:
+    """Of any size, by kernels or by the reference; groups far smaller than others too."""
+    weight = make(40, 128, dtype=dtype)
+    unit = 1e-6 if dtype == torch.float32 else 2.0**-8
+    for rows in (1, 4):
+        x = randn(rows, 128).double().clamp(-1, 1)
+        x[:, 64:] *= 2.0**-25
+        x = (x * 2.0**power).to(dtype)
+        y = ops.overload("linear")(x, *parts(weight), None, **form(weight))
+        exact = x.double() @ dense(weight).T
+        assert float((y.double() - exact).norm()) <= unit * float(exact.norm())
+
+
+def test_operands_are_read_as_what_they_are(reference: Any) -> None:
+    """The kernels get addresses: other dtypes and devices must not be taken for theirs."""
+    weight = make(9, 64, permuted=True)
+    packed, scales, biases, permutation = parts(weight)
+    linear, dequantize = ops.overload("linear"), ops.overload("dequantize")
+    x, own = randn(3, 64), form(weight)
+    y = linear(x, packed, scales, biases, permutation, None, **own)
+    wide = permutation.long()
+    torch.testing.assert_close(linear(x, packed, scales, biases, wide, None, **own), y)
+    same = dequantize(packed, scales, biases, wide, **own)
+    assert torch.equal(same, dequantize(packed, scales, biases, permutation, **own))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(x, packed, scales, biases, permutation[:32].clone(), None, **own)
+    with pytest.raises(TypeError, match=r"the scales are torch\.float64"):
+        linear(x, packed, scales.double(), biases.double(), None, None, **own)
+    with pytest.raises(TypeError, match=r"packed words are torch\.int64"):
+        linear(x, packed.long(), scales, biases, None, None, **own)
+    wrong = permutation.clone()
+    wrong[3] = 64
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        dequantize(packed, scales, biases, wrong, **own)
+
+
+@pytest.mark.parametrize("op", ["grouped_linear", "dequantize"])
+def test_one_order_for_all_experts(op: str, reference: Any) -> None:
+    weight = make(3, 8, 64)
+    order = torch.randperm(64, dtype=torch.int32)
+    if op == "dequantize":
+        args: tuple[Any, ...] = (*parts(weight)[:3], order)
+    else:
+        orders = order.long().expand(3, 64)
+        args = (randn(3, 64), *parts(weight)[:3], orders, None, torch.tensor([2, 0, 1]))
+    y = ops.overload(op)(*args, **form(weight))
+    torch.testing.assert_close(y, reference(op)(*args, **form(weight)))
+
+
 @pytest.mark.parametrize("dtype", layout.WEIGHT_DTYPES, ids=layout.name_of)
 def test_a_row_is_the_same_whatever_others_there_are(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

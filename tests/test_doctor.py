@@ -120,7 +120,7 @@ def test_without_kernels_the_reference_is_checked(
 
 
 def test_kernels_of_the_cpu_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
-    if not machine.has_kernels("cpu"):
+    if not ops.has_kernels("cpu"):
         pytest.skip("there is no C++ compiler here, or no vectors")
     assert doctor.main(["--quick", "--device", "cpu", "--only", "1 row"]) == 0
     text = capsys.readouterr().out

@@ -13,6 +13,7 @@ from dataclasses import asdict
 
 import torch
 
+from .. import ops
 from ..kernels import machine, settings
 from ..quantize import format_table
 from .operators import check_operators
@@ -80,7 +81,7 @@ def describe(kind: str) -> str:
     ]
     if kind == "mps":
         rows += _describe_metal()
-    elif not machine.has_kernels(kind):
+    elif not ops.has_kernels(kind):
         text = f"none of our own for {kind}: what is checked is the reference"
         rows.append(("kernels", text))
     elif kind == "cpu":

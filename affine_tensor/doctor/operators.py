@@ -11,7 +11,7 @@ from random import Random
 import torch
 from tqdm import tqdm
 
-from .. import layout
+from .. import layout, ops
 from ..kernels import machine
 from .cases import Call, Format, Maker
 from .watch import Watch
@@ -127,7 +127,7 @@ def _check(row: Row, call: Call, format: Format, kind: str, watch: Watch) -> Non
     """Run it twice: the first call makes a plan, the second finds it."""
     row.cases += 1
     device = machine.tensor_device(kind)
-    served = machine.has_kernels(kind)
+    served = ops.has_kernels(kind)
     try:
         watch.clear()
         first, second = call.run(device), call.run(device)

@@ -6,8 +6,6 @@ import platform
 
 import torch
 
-from .. import ops
-
 KINDS = ("cpu", "cuda", "mps")
 
 
@@ -27,15 +25,6 @@ def is_available(kind: str) -> bool:
     if kind == "mps":
         return emulated() or torch.backends.mps.is_available()
     return kind == "cpu"
-
-
-def has_kernels(kind: str) -> bool:
-    """Whether there are kernels of ours for a device that can be used here."""
-    if kind == "cpu":
-        from .cpu import library
-
-        return library.available()
-    return any(kind in own for own in ops._kernels.values())
 
 
 def default_kind() -> str:

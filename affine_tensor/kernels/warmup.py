@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..tensor import AffineQuantizedTensor
-from .machine import has_kernels
 
 
 def warmup(model: nn.Module, rows: Sequence[int] = (1, 8, 512)) -> int:
@@ -31,7 +30,7 @@ def warmup(model: nn.Module, rows: Sequence[int] = (1, 8, 512)) -> int:
     with torch.no_grad():
         for op, weight, bias in _uses(model):
             device = ops.device_of(weight._packed)
-            if ops.kernel(op, weight._packed) is None or not has_kernels(device):
+            if ops.kernel(op, weight._packed) is None or not ops.has_kernels(device):
                 continue
             key = (op, *_kind(weight), *(() if bias is None else (bias.dtype,)))
             if key not in done:

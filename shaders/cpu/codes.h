@@ -13,8 +13,6 @@
 
 #include "simd.h"
 
-typedef int64_t i64;
-
 constexpr int U = BITS <= 2 ? 16 : BITS <= 4 ? 8 : 4;
 constexpr int S = U / 2;
 constexpr int CHUNK = L * U;                      // codes

@@ -9,25 +9,11 @@
 // sum of the group's inputs) come in afterwards, in float32. Sums do not depend on the
 // number of threads.
 
-#include <cstdlib>
-
 #include "codes.h"
+#include "matrix.h"
 #include "threads.h"
-#include "values.h"
 
 // ---- what is to be multiplied ---------------------------------------------------
-
-struct Matrix {
-  const uint8_t* words;
-  const void *scales, *biases;
-  i64 word_stride;                // bytes
-  i64 scale_stride, bias_stride;  // elements
-  int part_type;                  // of scales and biases
-  int n, k;
-
-  int groups() const { return k / GROUP; }
-  const uint8_t* row(i64 n) const { return words + n * word_stride; }
-};
 
 struct Output {
   void* y;
@@ -43,7 +29,6 @@ struct Output {
 constexpr int FEWEST = 2;          // rows of x that dots take at most
 constexpr int MOST = 8;            // rows of x in a tile
 constexpr int AHEAD = 4096;        // bytes of a row's words that are fetched before their turn
-constexpr int PARTS_AHEAD = 1024;  // the same of scales and biases
 constexpr int EXTRA = L * (X == 0 ? 1 : PLANES + 1);  // what goes with a chunk, see Packed
 constexpr int OF_ROW = PLANES * S * L + EXTRA;         // and all that a row of x has of one
 constexpr int TILE_CODES = 256;    // of K, brought out at a time
@@ -122,7 +107,7 @@ static bool read_row(float* out, const void* x, i64 at, int type, const int32_t*
   V most = zero();
   for (int i = 0; i < k; i += L) most = ::most(most, both(load(out + i), set(0x7fffffff)));
   const int32_t largest = most_of(most);
-  return largest < bits_of_power(100) && (largest == 0 || largest >= bits_of_power(-100));
+  return largest < bits_of_power(100) && (largest == 0 || largest >= bits_of_power(-60));
 }
 
 // 16-bit numbers [k] for each plane, and for each group the scale and the sum of its inputs,
@@ -146,7 +131,8 @@ static void make_halves(uint16_t* out, i64 plane, float* scales, float* sums, in
     for (int i = 0; i < GROUP; i += L) most = ::most(most, both(load(x + i), set(0x7fffffff)));
     const int32_t largest = most_of(most);
     // One plane: the largest becomes 32767. Two: times a power of two, so that all 24 bits
-    // of x stay. What is that small beside other groups counts as nothing.
+    // of x stay. A group that is that small has 2 ** 30 times larger ones beside it (`read_row`),
+    // and counts as nothing.
     const int exponent = (largest >> 23) - 126;
     float factor = X == 1 ? 32767 / float_of(largest) : float_of(bits_of_power(30 - exponent));
     scales[g] = X == 1 ? float_of(largest) / 32767 : float_of(bits_of_power(exponent - 30));
@@ -183,7 +169,7 @@ struct Places {
   }
 };
 
-static void place_for_dots(const Packed& to, int m, const uint16_t* in, i64 plane, const float* scales, const float* sums, const int32_t*) {
+static void place_for_dots(const Packed& to, int m, const uint16_t* in, i64 plane, const float* scales, const float* sums) {
   static constexpr Places places;
   const int groups = to.k / GROUP;
   for (int c = 0; c < to.chunks; c++, in += CHUNK) {
@@ -238,15 +224,6 @@ static void place_for_tiles(const Packed& to, int m, const uint16_t* in, i64 pla
 }
 
 // ---- few rows -------------------------------------------------------------------
-
-// Scales of L groups from group g on; those past the last are zero.
-INLINE F parts_at(const void* p, i64 row, int g, int groups, int type) {
-  fetch((const char*)p + (row + g) * size_of(type) + PARTS_AHEAD);
-  if (g + L <= groups) return load_values(p, row + g, type);
-  float some[L] = {};
-  for (int i = 0; g + i < groups; i++) some[i] = value_at(p, row + g + i, type);
-  return load_f(some);
-}
 
 template <int I, int M, int R>
 INLINE void dots_step(const V (&w)[R], Sum (&sum)[R][M][PLANES], const uint32_t* x, const Masks& masks) {
@@ -522,21 +499,6 @@ constexpr int REGISTER_ROWS = (L == 16 ? 8 : 4) / PLANES;
 
 constexpr int FEW = REGISTER_ROWS < 4 ? REGISTER_ROWS : 4;
 
-struct Scratch {
-  void* data = nullptr;
-  size_t size = 0;
-  void* get(size_t bytes) {
-    if (bytes > size) {
-      free(data);
-      size = (bytes + 4095) / 4096 * 4096;
-      data = aligned_alloc(64, size);
-      if (!data) size = 0;
-    }
-    return data;
-  }
-  ~Scratch() { free(data); }
-};
-
 static thread_local Scratch own_scratch, call_scratch, list_scratch, job_scratch;
 
 // False where there is no memory. CODES where several tiles of x share the work.
@@ -579,9 +541,6 @@ static bool tiles(const Matrix& w, const Packed& x, const Output& out, int first
 constexpr int MOST_ROWS = 1024;  // of x in a job: their sums stay in the second-level cache
 constexpr i64 ITEM_BYTES = 1 << 17;  // of words, for dots
 
-// What a call returns.
-enum { DONE, NOT_HERE, NO_EXPERT, NO_MEMORY };
-
 struct Job {  // one matrix and its rows of x
   Matrix w;
   Packed x;
@@ -618,7 +577,8 @@ static void pack_row(Call& call, const Job& job, int m) {
   }
   make_halves(halves, padded, scales, sums, starts, values, k);
   for (int p = 0; p < PLANES; p++) memset(halves + p * padded + k, 0, 2 * (padded - k));
-  (job.x.tiles ? place_for_tiles : place_for_dots)(job.x, m, halves, padded, scales, sums, starts);
+  if (job.x.tiles) place_for_tiles(job.x, m, halves, padded, scales, sums, starts);
+  else place_for_dots(job.x, m, halves, padded, scales, sums);
 }
 
 static void pack_some(void* data) {
@@ -705,10 +665,6 @@ static int run(Call& call, int threads) {
   return call.bad;
 }
 
-static const void* shifted(const void* p, i64 elements, int type) {
-  return p ? (const char*)p + elements * size_of(type) : nullptr;
-}
-
 // x [m, k] times each row's matrix [n, k], y [m, n]. Strides of words in words, others in
 // elements. Without ends and owners there is one matrix; `ends` [experts]: rows of expert e
 // end there; `owners` [m]: the expert of each row. NOT_HERE: inputs are not finite, or too
@@ -719,8 +675,8 @@ extern "C" int affine_linear(
     const void* scales, i64 expert_scales, i64 scale_stride, const void* biases,
     i64 expert_biases, i64 bias_stride, int part_type, const void* bias, void* y, i64 y_stride,
     i64 n, i64 k, i64 experts, const i64* ends, const i64* owners, int threads, int invariant) {
-  Matrix w = {(const uint8_t*)words, scales, biases, word_stride * 4, scale_stride, bias_stride,
-              part_type, (int)n, (int)k};
+  const Matrix w = {(const uint8_t*)words, word_stride * 4, scales, scale_stride,
+                    biases, bias_stride, part_type, n, k};
   if (m <= 0 || n <= 0) return DONE;
   Call call;
   call.x = x;
@@ -733,36 +689,16 @@ extern "C" int affine_linear(
     call.count = 1;
     return run(call, threads);
   }
-  // The first row of each expert, and the last one's end; rows by expert.
-  i64* from = (i64*)list_scratch.get(sizeof(i64) * (2 * (experts + 1) + m));
-  if (!from) return NO_MEMORY;
-  i64 *at = from + experts + 1, *order = at + experts + 1;
-  memset(from, 0, sizeof(i64) * (experts + 1));
-  if (owners) {
-    for (i64 i = 0; i < m; i++) {
-      if (owners[i] < 0 || owners[i] >= experts) return NO_EXPERT;
-      from[owners[i] + 1]++;
-    }
-    for (i64 e = 0; e < experts; e++) from[e + 1] += from[e];
-    memcpy(at, from, sizeof(i64) * (experts + 1));
-    for (i64 i = 0; i < m; i++) order[at[owners[i]]++] = i;
-  } else if (ends) {
-    for (i64 e = 0; e < experts; e++) from[e + 1] = ends[e] > from[e] ? ends[e] < m ? ends[e] : m : from[e];
-    for (i64 i = from[experts]; i < m; i++)
-      memset((char*)y + i * y_stride * size_of(x_type), 0, n * size_of(x_type));
-  } else {
-    from[1] = m;
-  }
+  ByExpert by;
+  const int how = rows_by_expert(m, experts, ends, owners, y, y_stride, n, x_type, list_scratch, by);
+  if (how != DONE) return how;
   Job* jobs = (Job*)job_scratch.get(sizeof(Job) * (experts + m / MOST_ROWS + 1));
   if (!jobs) return NO_MEMORY;
   for (i64 e = 0; e < experts; e++)
-    for (i64 start = from[e]; start < from[e + 1]; start += MOST_ROWS) {
-      const i64 rows = from[e + 1] - start < MOST_ROWS ? from[e + 1] - start : MOST_ROWS;
-      Matrix own = w;
-      own.words += e * expert_words * 4;
-      own.scales = shifted(scales, e * expert_scales, part_type);
-      own.biases = shifted(biases, e * expert_biases, part_type);
-      const Output out = {y, y_stride, x_type, bias, owners ? order + start : nullptr, start};
+    for (i64 start = by.from[e]; start < by.from[e + 1]; start += MOST_ROWS) {
+      const i64 left = by.from[e + 1] - start, rows = left < MOST_ROWS ? left : MOST_ROWS;
+      const Matrix own = w.of_expert(e, expert_words, expert_scales, expert_biases);
+      const Output out = {y, y_stride, x_type, bias, by.order ? by.order + start : nullptr, start};
       jobs[call.count] = {own, {}, out, permutation ? permutation + e * permutation_stride : nullptr, 0, 0, 0};
       plan(jobs[call.count++], (int)rows, invariant, threads);
     }

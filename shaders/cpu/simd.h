@@ -14,6 +14,8 @@
 #include <arm_neon.h>
 #endif
 
+typedef int64_t i64;
+
 #define INLINE static inline __attribute__((always_inline))
 
 // To the second-level cache. May point anywhere.

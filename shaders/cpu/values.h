@@ -4,8 +4,6 @@
 
 #include "simd.h"
 
-typedef int64_t i64;
-
 INLINE i64 size_of(int type) { return type == 0 ? 4 : 2; }
 
 INLINE float bf16_value(uint32_t bits) {

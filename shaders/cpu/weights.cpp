@@ -4,36 +4,13 @@
 // of threads.
 
 #include <atomic>
-#include <cstdlib>
 #include <new>
 #include <vector>
 
 #define X 1
 #include "natural.h"
+#include "matrix.h"
 #include "threads.h"
-#include "values.h"
-
-struct Matrix {
-  const uint8_t* words;
-  i64 word_stride;  // bytes
-  const void* scales;
-  i64 scale_stride;  // elements
-  const void* biases;
-  i64 bias_stride;
-  int part_type;
-  i64 n, k;
-
-  i64 groups() const { return k / GROUP; }
-  const uint8_t* row(i64 n) const { return words + n * word_stride; }
-};
-
-// Scales or biases of L groups from group g on; those past the last are zero.
-INLINE F parts_at(const void* p, i64 row, i64 g, i64 groups, int type) {
-  if (g + L <= groups) return load_values(p, row + g, type);
-  float some[L] = {};
-  for (i64 i = 0; g + i < groups; i++) some[i] = value_at(p, row + g + i, type);
-  return load_f(some);
-}
 
 // Items 0 to `count` on several threads, each taken by whoever is free.
 template <class Work> static void share(i64 count, int threads, const Work& work) {
@@ -359,22 +336,7 @@ struct Product {
   int type;
 };
 
-struct Scratch {
-  void* data = nullptr;
-  size_t size = 0;
-  float* get(size_t floats) {
-    if (floats > size) {
-      free(data);
-      size = (floats + 1023) / 1024 * 1024;
-      data = aligned_alloc(64, size * sizeof(float));
-      if (!data) { size = 0; throw std::bad_alloc(); }
-    }
-    return (float*)data;
-  }
-  ~Scratch() { free(data); }
-};
-
-static thread_local Scratch call_scratch;
+static thread_local Scratch call_scratch, list_scratch;
 
 // The column of lane `j`, half `h` and step `i` within a chunk.
 constexpr int column_of(int j, int h, int i) {
@@ -485,7 +447,8 @@ static void multiply(const Product& p, const Chunk* chunks, i64 count, int threa
   const i64 own = parts * MOST * all;
   i64 most = own ? SUMS_BYTES / 4 / own : count;
   most = most < 1 ? 1 : most < count ? most : count;
-  float* sums = call_scratch.get(own * most);
+  float* sums = (float*)call_scratch.get(own * most * sizeof(float));
+  if (own && !sums) throw std::bad_alloc();
   for (; count > 0; count -= most, chunks += most) {
     const i64 now = count < most ? count : most;
     const int some = now * MOST * n * k < ALONE ? 1 : threads;
@@ -507,7 +470,7 @@ static void multiply(const Product& p, const Chunk* chunks, i64 count, int threa
 }
 
 // y [m, k] = x [m, n] times W [n, k]. y has the type of x. word_stride in words, others in
-// elements. 0: done, 3: no memory.
+// elements.
 extern "C" int affine_matmul(
     const void* x, i64 x_stride, int x_type, i64 m, const void* words, i64 word_stride,
     const void* scales, i64 scale_stride, const void* biases, i64 bias_stride, int part_type,
@@ -520,44 +483,31 @@ extern "C" int affine_matmul(
   multiply({x, x_stride, y, y_stride, x_type}, chunks.data(), (i64)chunks.size(), threads);
   return 0;
 } catch (const std::bad_alloc&) {
-  return 3;
+  return NO_MEMORY;
 }
 
 // The same with the matrix of each row's expert: `ends` [experts]: rows of expert e end there,
-// those after the last give zeros; or `owners` [m]: the expert of each row. 2: one is none.
+// those after the last give zeros; or `owners` [m]: the expert of each row.
 extern "C" int affine_grouped_matmul(
     const void* x, i64 x_stride, int x_type, i64 m, const void* words, i64 expert_words,
     i64 word_stride, const void* scales, i64 expert_scales, i64 scale_stride,
     const void* biases, i64 expert_biases, i64 bias_stride, int part_type, void* y,
     i64 y_stride, i64 n, i64 k, i64 experts, const i64* ends, const i64* owners, int threads) try {
-  std::vector<i64> from(experts + 1, 0), order;
-  if (owners) {
-    for (i64 i = 0; i < m; i++) {
-      if (owners[i] < 0 || owners[i] >= experts) return 2;
-      from[owners[i] + 1]++;
-    }
-    for (i64 e = 0; e < experts; e++) from[e + 1] += from[e];
-    std::vector<i64> at(from);
-    order.resize(m);
-    for (i64 i = 0; i < m; i++) order[at[owners[i]]++] = i;
-  } else {
-    for (i64 e = 0; e < experts; e++) from[e + 1] = ends[e] > from[e] ? ends[e] < m ? ends[e] : m : from[e];
-    for (i64 i = from[experts]; i < m; i++)
-      memset((char*)y + i * y_stride * size_of(x_type), 0, k * size_of(x_type));
-  }
-  const i64 size = size_of(part_type);
+  ByExpert by;
+  const int how = rows_by_expert(m, experts, ends, owners, y, y_stride, k, x_type, list_scratch, by);
+  if (how != DONE) return how;
+  const Matrix first = {(const uint8_t*)words, word_stride * 4, scales, scale_stride,
+                        biases, bias_stride, part_type, n, k};
   std::vector<Chunk> chunks;
   for (i64 e = 0; e < experts; e++) {
-    const Matrix w = {(const uint8_t*)words + e * expert_words * 4, word_stride * 4,
-                      (const char*)scales + e * expert_scales * size, scale_stride,
-                      (const char*)biases + e * expert_biases * size, bias_stride, part_type, n, k};
-    for (i64 i = from[e]; i < from[e + 1]; i += MOST) {
-      const int rows = from[e + 1] - i < MOST ? (int)(from[e + 1] - i) : MOST;
-      chunks.push_back({w, owners ? order.data() + i : nullptr, i, rows});
+    const Matrix w = first.of_expert(e, expert_words, expert_scales, expert_biases);
+    for (i64 i = by.from[e]; i < by.from[e + 1]; i += MOST) {
+      const int rows = by.from[e + 1] - i < MOST ? (int)(by.from[e + 1] - i) : MOST;
+      chunks.push_back({w, by.order ? by.order + i : nullptr, i, rows});
     }
   }
   multiply({x, x_stride, y, y_stride, x_type}, chunks.data(), (i64)chunks.size(), threads);
   return 0;
 } catch (const std::bad_alloc&) {
-  return 3;
+  return NO_MEMORY;
 }

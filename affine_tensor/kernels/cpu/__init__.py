@@ -7,7 +7,6 @@ machine without a compiler) goes to the reference.
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
@@ -17,11 +16,21 @@ from ... import layout, ops
 from ...tensor import log_once
 from .. import settings
 from . import library, weights
-from .library import TYPES, Function, tidy
+from .library import (
+    DONE,
+    INDEX,
+    NUMBER,
+    POINTER,
+    TYPES,
+    Function,
+    places_of_experts,
+    served,
+    tidy,
+)
 
 __all__ = ["grouped_linear", "linear", "weights"]
 
-_P, _I, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_P, _I, _N = POINTER, INDEX, NUMBER
 # As affine_linear in shaders/cpu/product.cpp declares them.
 _ARGUMENTS = (
     *(_P, _I, _N, _I, _P, _I),  # x, permutation
@@ -29,8 +38,8 @@ _ARGUMENTS = (
     *(_P, _P, _I, _I, _I, _I, _P, _P, _N, _N),  # bias, y, sizes, experts, how
 )
 
-# What affine_linear returns.
-_DONE, _NOT_HERE = 0, 1
+# What affine_linear returns for inputs that it does not multiply.
+_NOT_HERE = 1
 
 _linear_functions: dict[Any, Function | None] = {}
 
@@ -158,8 +167,11 @@ def linear(
         and shape[-1] == columns
         and packed.shape == (rows, columns * bits // 32)
         and biases.shape == scales.shape
-        and biases.dtype is scales.dtype
-        and (bias is None or (bias.dtype is dtype and bias.shape == (rows,)))
+        and served(packed, scales, biases, permutation, columns)
+        and (
+            bias is None
+            or (bias.is_cpu and bias.dtype is dtype and bias.shape == (rows,))
+        )
     ):
         y = x.new_empty((*shape[:-1], rows))
         done = _call(
@@ -170,7 +182,7 @@ def linear(
             None if bias is None else bias.contiguous(),
             y,
         )
-        if done == _DONE:
+        if done == DONE:
             return y
         _say_why(done)
     return ops.reference("linear")(
@@ -191,7 +203,7 @@ def _say_why(code: int) -> None:
         log_once(
             "cpu inputs",
             "a product dequantizes a packed weight: inputs are infinite, NaN, beyond "
-            "2 ** 100 or all below 2 ** -100, which the CPU's kernels do not multiply",
+            "2 ** 100 or all below 2 ** -60, which the CPU's kernels do not multiply",
         )
 
 
@@ -211,11 +223,18 @@ def grouped_linear(
 ) -> Tensor:
     """Each row of x times the transpose of its expert's matrix; see `ops`."""
     ops.check_groups(x, packed, offsets, indices, "grouped_linear")
-    ops.check_input(x, scales.shape[-1] * group_size, dtype, "grouped_linear")
+    columns = scales.shape[-1] * group_size
+    ops.check_input(x, columns, dtype, "grouped_linear")
     layout.check_parts(packed, scales, biases, bits=bits, group_size=group_size)
     function = _function(bits, group_size, dtype)
     y = x.new_empty((len(x), packed.shape[1]))
-    if function is not None and y.numel() and x.numel() and packed.numel():
+    if (
+        function is not None
+        and y.numel()
+        and x.numel()
+        and packed.numel()
+        and served(packed, scales, biases, permutation, columns)
+    ):
         done = _call(
             function,
             tidy(x),
@@ -223,10 +242,10 @@ def grouped_linear(
             None if permutation is None else tidy(permutation),
             None,
             y,
-            None if offsets is None else offsets.to(torch.int64).contiguous(),
-            None if indices is None else indices.to(torch.int64).contiguous(),
+            places_of_experts(offsets),
+            places_of_experts(indices),
         )
-        if done == _DONE:
+        if done == DONE:
             return y
         _say_why(done)
     return ops.reference("grouped_linear")(

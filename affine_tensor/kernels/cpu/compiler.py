@@ -69,9 +69,17 @@ class Compiler:
         return names.get(self.vectors or "") in self.macros
 
 
-@cache
 def find() -> Compiler:
     """The first compiler that works. Raises KernelError, saying what to install."""
+    found = _first()
+    if isinstance(found, str):
+        raise KernelError(found)
+    return found
+
+
+@cache
+def _first() -> Compiler | str:
+    """The compiler, or why there is none: looked for once."""
     reasons = []
     for command in _commands():
         try:
@@ -79,7 +87,7 @@ def find() -> Compiler:
         except (OSError, subprocess.SubprocessError) as error:
             output = getattr(error, "stderr", None) or str(error)
             reasons.append(f"{' '.join(command)}: {output.strip().splitlines()[-1]}")
-    raise KernelError(
+    return (
         "there is no C++ compiler that works here"
         + "".join(f"; {reason}" for reason in reasons)
         + ". Install one (apt install g++, xcode-select --install, or pip install "

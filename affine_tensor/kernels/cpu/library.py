@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import layout, ops
 from ...tensor import log_once, logger
 from .. import KernelError, settings
 from . import compiler
@@ -19,6 +20,14 @@ from . import compiler
 Function = Callable[..., int]
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+
+_WORDS = (torch.int32, torch.uint32)
+
+# What functions return when all went well. Other codes are those of each source.
+DONE = 0
+
+# ctypes' names, for lists of arguments.
+POINTER, INDEX, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
 # How inputs are multiplied; shaders/cpu/codes.h says more.
 BFLOAT16, ONE_PLANE, TWO_PLANES = 0, 1, 2
@@ -28,6 +37,7 @@ _functions: dict[Any, Function | None] = {}
 _alone = False  # in a forked process, whose parent's threads are not there
 
 
+@ops.usable_if("cpu")
 def available() -> bool:
     """Whether kernels are wanted, and there is what compiles them for this CPU."""
     try:
@@ -152,6 +162,41 @@ def _address(library: ctypes.CDLL, name: str) -> int | None:
         return ctypes.cast(getattr(library, name), ctypes.c_void_p).value
     except AttributeError:
         return None
+
+
+def served(
+    packed: Tensor,
+    scales: Tensor,
+    biases: Tensor,
+    permutation: Tensor | None,
+    columns: int,
+) -> bool:
+    """Whether functions read these operands as what they are.
+
+    They are given addresses: what lies on another device, or has another dtype or number
+    of columns, the reference is to refuse or to convert.
+    """
+    return (
+        packed.is_cpu
+        and scales.is_cpu
+        and biases.is_cpu
+        and packed.dtype in _WORDS
+        and scales.dtype in layout.WEIGHT_DTYPES
+        and biases.dtype is scales.dtype
+        and (
+            permutation is None
+            or (
+                permutation.is_cpu
+                and permutation.dtype is torch.int32
+                and permutation.shape == (*packed.shape[:-2], columns)
+            )
+        )
+    )
+
+
+def places_of_experts(given: Tensor | None) -> Tensor | None:
+    """Offsets or indices as functions read them."""
+    return None if given is None else given.to("cpu", torch.int64).contiguous()
 
 
 def tidy(part: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ the reference does.
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
@@ -15,9 +14,19 @@ from torch import Tensor
 from ... import layout, ops
 from .. import settings
 from . import library
-from .library import TYPES, Function, tidy
+from .library import (
+    DONE,
+    INDEX,
+    NUMBER,
+    POINTER,
+    TYPES,
+    Function,
+    places_of_experts,
+    served,
+    tidy,
+)
 
-_P, _I, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_P, _I, _N = POINTER, INDEX, NUMBER
 _PARTS = (_P, _I, _P, _I, _P, _I, _N)  # words, scales, biases
 _STACKED = (_P, _I, _I, _P, _I, _I, _P, _I, _I, _N)  # the same of experts
 # As shaders/cpu/weights.cpp declares them.
@@ -31,8 +40,6 @@ _ARGUMENTS = {
         *(_P, _I, _I, _I, _I, _P, _P, _N),
     ),
 }
-
-_DONE = 0
 
 # Up to so many rows of x, the words themselves are multiplied; above, weights are made
 # dense a block of columns at a time, which torch multiplies.
@@ -99,10 +106,6 @@ def _places(parts: tuple[Tensor, ...]) -> tuple[Any, ...]:
     return (*found, TYPES[parts[1].dtype])
 
 
-def _served(packed: Tensor, scales: Tensor, biases: Tensor) -> bool:
-    return packed.numel() > 0 and scales.dtype in TYPES and scales.dtype == biases.dtype
-
-
 # ---- dequantize -----------------------------------------------------------------
 
 
@@ -121,7 +124,14 @@ def dequantize(
     form: dict[str, Any] = {"bits": bits, "group_size": group_size}
     layout.check_parts(packed, scales, biases, **form)
     function = _function("dequantize", bits, group_size)
-    if function is None or dtype not in TYPES or not _served(packed, scales, biases):
+    columns = scales.shape[-1] * group_size
+    if (
+        function is None
+        or dtype not in TYPES
+        or not packed.numel()
+        or not served(packed, scales, biases, permutation, columns)
+        or not _within(permutation, columns)
+    ):
         return ops.reference("dequantize")(
             packed, scales, biases, permutation, **form, dtype=dtype
         )
@@ -133,12 +143,20 @@ def dequantize(
         )
         weights = [dequantize(*parts, **form, dtype=dtype) for parts in each]
         return torch.stack(weights).unflatten(0, packed.shape[:-2])
-    columns = scales.shape[-1] * group_size
     rows = [tidy(p.reshape(-1, p.shape[-1])) for p in (packed, scales, biases)]
     y = scales.new_empty((*packed.shape[:-1], columns), dtype=dtype)
     order = None if permutation is None else permutation.contiguous()
     _dequantized(function, (rows[0], rows[1], rows[2]), order, y.view(-1, columns))
     return y
+
+
+def _within(permutation: Tensor | None, columns: int) -> bool:
+    """Whether all entries are columns. Functions pass by what is none, and would leave
+    memory that nobody wrote; the reference raises."""
+    if permutation is None:
+        return True
+    low, high = permutation.aminmax()
+    return int(low) >= 0 and int(high) < columns
 
 
 def _dequantized(
@@ -180,12 +198,13 @@ def embedding(
         and dtype in TYPES
         and ids.dtype in (torch.int32, torch.int64)
         and ids.numel()
-        and _served(packed, scales, biases)
+        and packed.numel()
+        and served(packed, scales, biases, None, 0)
     ):
         y = scales.new_empty((*ids.shape, scales.shape[-1] * group_size), dtype=dtype)
         parts = (tidy(packed), tidy(scales), tidy(biases))
         rows = y.view(-1, y.shape[-1])
-        if _embedded(function, ids.contiguous(), parts, rows) == _DONE:
+        if _embedded(function, ids.contiguous(), parts, rows) == DONE:
             return y
     return ops.reference("embedding")(ids, packed, scales, biases, **form, dtype=dtype)
 
@@ -240,7 +259,7 @@ def _quantized(
         columns,
         library.threads(),
     )
-    return (packed, scales, biases) if done == _DONE else None
+    return (packed, scales, biases) if done == DONE else None
 
 
 # ---- x @ W ----------------------------------------------------------------------
@@ -268,7 +287,8 @@ def matmul(
         function is None
         or dtype not in layout.WEIGHT_DTYPES
         or not x.numel()
-        or not _served(packed, scales, biases)
+        or not packed.numel()
+        or not served(packed, scales, biases, None, 0)
     ):
         return ops.reference("matmul")(
             x, packed, scales, biases, permutation, **form, dtype=dtype
@@ -278,7 +298,7 @@ def matmul(
     y = x.new_empty((len(flat), scales.shape[-1] * group_size))
     if len(flat) > _FEW:
         _by_blocks(flat, parts, y, form)
-    elif _multiplied(function, flat, parts, y) != _DONE:
+    elif _multiplied(function, flat, parts, y) != DONE:
         raise MemoryError("there is no memory for the sums of a product")
     if permutation is not None:
         y = torch.empty_like(y).index_copy_(-1, permutation.long(), y)
@@ -345,14 +365,12 @@ def grouped_matmul(
         and permutation is None
         and dtype in layout.WEIGHT_DTYPES
         and x.numel()
-        and _served(packed, scales, biases)
+        and packed.numel()
+        and served(packed, scales, biases, None, 0)
     ):
         y = x.new_empty((len(x), scales.shape[-1] * group_size))
         parts = (tidy(packed), tidy(scales), tidy(biases))
-        if (
-            _multiplied_by_expert(function, tidy(x), parts, y, offsets, indices)
-            == _DONE
-        ):
+        if _multiplied_by_expert(function, tidy(x), parts, y, offsets, indices) == DONE:
             return y
     return ops.by_expert(
         matmul,
@@ -373,8 +391,7 @@ def _multiplied_by_expert(
     offsets: Tensor | None,
     indices: Tensor | None,
 ) -> int:
-    ends = None if offsets is None else offsets.to(torch.int64).contiguous()
-    owners = None if indices is None else indices.to(torch.int64).contiguous()
+    ends, owners = places_of_experts(offsets), places_of_experts(indices)
     return function(
         x.data_ptr(),
         x.stride(0),
