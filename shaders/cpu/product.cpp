@@ -1,7 +1,7 @@
 // x @ W.T for packed W, of one matrix or of each row's expert.
 //
-// One or two rows of x: "dots". Lanes are places along K, rows of W are read from front
-// to back, which is what memory is fastest at, and their words go straight into products.
+// Few rows of x: "dots". Lanes are places along K, rows of W are read from front to back,
+// which is what memory is fastest at, and their words go straight into products.
 // More rows: "tiles". Lanes are rows of W; a part of 32 of them is brought out of the words
 // once, into the first-level cache, and multiplied with 8 rows of x at a time.
 //
@@ -26,7 +26,8 @@ struct Output {
   i64 row(i64 m) const { return order ? order[m] : first + m; }
 };
 
-constexpr int FEWEST = 2;          // rows of x that dots take at most
+// Rows of x that dots take at most: more do not fit in registers.
+constexpr int FEWEST = L == 16 && BITS < 8 && X != 2 ? 3 : 2;
 constexpr int MOST = 8;            // rows of x in a tile
 constexpr int AHEAD = 4096;        // bytes of a row's words that are fetched before their turn
 constexpr int EXTRA = L * (X == 0 ? 1 : PLANES + 1);  // what goes with a chunk, see Packed
@@ -235,7 +236,8 @@ INLINE void dots_step(const V (&w)[R], Sum (&sum)[R][M][PLANES], const uint32_t*
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 2
       for (int p = 0; p < PLANES; p++) {
-        const V xv = load(x + m * OF_ROW + (p * S + I) * L);
+        V xv = load(x + m * OF_ROW + (p * S + I) * L);
+        keep(xv);
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) sum[r][m][p] = dot(sum[r][m][p], v[r], xv);
       }
@@ -248,11 +250,13 @@ INLINE void dots_chunk(const V (&w)[R], const F (&scale)[R], F (&total)[R][M], c
   Sum sum[R][M][PLANES];
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++)
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
-      for (int p = 0; p < PLANES; p++)
-        sum[r][m][p] = begin(load(x + m * OF_ROW + (PLANES * S + p) * L));
+    for (int p = 0; p < PLANES; p++) {
+      V start = load(x + m * OF_ROW + (PLANES * S + p) * L);
+      keep(start);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) sum[r][m][p] = begin(start);
+    }
   dots_step<0, M, R>(w, sum, x, masks);
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++) {
@@ -306,15 +310,10 @@ INLINE void dots_rows(const Matrix& w, const i64 (&row)[R], const Packed& x, F (
       c++;
     };
     const int whole = w.k / CHUNK - c < LANES ? w.k / CHUNK - c : LANES;
-    if (LANES <= 8 && whole == LANES) {
-#pragma GCC unroll 8
-      for (int i = 0; i < LANES; i++) chunk(i, [](const uint8_t* p) { return spread(p); });
-    } else {
-      for (int i = 0; i < whole; i++) chunk(i, [](const uint8_t* p) { return spread(p); });
-      if (whole < LANES && c < x.chunks) {
-        const i64 rest = bytes - (i64)c * CHUNK_BYTES;
-        chunk(whole, [rest](const uint8_t* p) { return spread_some(p, rest); });
-      }
+    for (int i = 0; i < whole; i++) chunk(i, [](const uint8_t* p) { return spread(p); });
+    if (whole < LANES && c < x.chunks) {
+      const i64 rest = bytes - (i64)c * CHUNK_BYTES;
+      chunk(whole, [rest](const uint8_t* p) { return spread_some(p, rest); });
     }
   }
 }
@@ -349,6 +348,14 @@ static void dots(const Matrix& w, const Packed& x, const Output& out, int first,
         write_values(out.y, out.row(m) * out.stride + at, y, out.type, w.n - at, out.bias, at);
       }
     }
+  }
+}
+
+template <int M>
+static void dots_of(const Matrix& w, const Packed& x, const Output& out, int first, int end) {
+  if constexpr (M > 0) {
+    if (x.rows == M) dots<M>(w, x, out, first, end);
+    else dots_of<M - 1>(w, x, out, first, end);
   }
 }
 
@@ -605,10 +612,8 @@ static void multiply_some(void* data) {
       const auto way = job.x.m > MOST ? tiles<true, REGISTER_ROWS>
                        : job.x.m > FEW ? tiles<false, REGISTER_ROWS> : tiles<false, FEW>;
       if (!way(job.w, job.x, job.out, first)) call.fail(NO_MEMORY);
-    } else if (job.x.rows == 1) {
-      dots<1>(job.w, job.x, job.out, first, end);
     } else {
-      dots<2>(job.w, job.x, job.out, first, end);
+      dots_of<FEWEST>(job.w, job.x, job.out, first, end);
     }
   }
 }

@@ -18,6 +18,13 @@ typedef int64_t i64;
 
 #define INLINE static inline __attribute__((always_inline))
 
+// In a register from here on: compilers else read it from memory for each use.
+#if defined(__AVX512F__)
+template <class T> INLINE void keep(T& v) { asm("" : "+v"(v)); }
+#else
+template <class T> INLINE void keep(T&) {}
+#endif
+
 // To the second-level cache. May point anywhere.
 INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
