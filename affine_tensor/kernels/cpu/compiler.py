@@ -35,7 +35,6 @@ _FLAGS = (
     # make products of many rows slower.
     "-fno-tree-vectorize",
     "-fno-schedule-insns2",
-    "-fno-tree-pre",
     "-fno-tree-vrp",
     "-fno-gcse",
     "-fno-ipa-cp",
