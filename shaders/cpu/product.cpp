@@ -26,7 +26,8 @@ struct Output {
   i64 row(i64 m) const { return order ? order[m] : first + m; }
 };
 
-// Rows of x that dots take at most: more do not fit in registers.
+// Rows of x that dots take at most: for more, sums do not fit in registers, or tiles are as
+// fast (measured).
 constexpr int FEWEST = L == 16 && BITS < 8 && X != 2 ? 3 : 2;
 constexpr int MOST = 8;            // rows of x in a tile
 constexpr int AHEAD = 4096;        // bytes of a row's words that are fetched before their turn

@@ -75,7 +75,7 @@ def _make(bits: int, group_size: int, dtype: torch.dtype) -> Function | None:
 def _check(
     made: Function, bits: int, group_size: int, dtype: torch.dtype
 ) -> str | None:
-    """Compare with float64 for few and many rows."""
+    """Compare with float64 for each way of multiplying; numbers of rows choose them."""
     columns = 3 * max(32, group_size)
     generator = torch.Generator().manual_seed(0)
     dense = torch.randn(19, columns, generator=generator)
@@ -84,7 +84,7 @@ def _check(
     parts = (packed, scales, biases)
     exact = layout.dequantize(*parts, **form, dtype=torch.float64)
     parts = (packed.view(torch.int32), scales, biases)
-    for rows in (1, 3, 17):
+    for rows in (1, 2, 3, 4, 7, 17):
         x = torch.randn(rows, columns, generator=generator).to(dtype)
         y = x.new_empty(rows, len(dense))
         _call(made, x, parts, None, None, y)
