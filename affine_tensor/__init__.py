@@ -8,6 +8,7 @@ from .checkpoint.files import CheckpointError
 from .checkpoint.load import LoadReport, load_checkpoint_
 from .checkpoint.save import SaveReport, save_checkpoint
 from .fold import fold_permutations_
+from .fuse import fuse_projections, split_projections
 from .kernels import cpu as _cpu  # noqa: F401  (registers its kernels)
 from .kernels import metal as _metal  # noqa: F401
 from .kernels.warmup import warmup
@@ -37,10 +38,12 @@ __all__ = [
     "fold_permutations_",
     "footprint",
     "from_pretrained",
+    "fuse_projections",
     "load_checkpoint_",
     "quantize_",
     "register",
     "save_checkpoint",
+    "split_projections",
     "warmup",
 ]
 

@@ -31,7 +31,8 @@ class Dense:
 
     Compiled, decoding runs the graph that `generate` itself makes of `forward` where the
     cache is static. On a CPU it does so only if told to, by an attribute that
-    transformers keeps to itself. Prompts are not compiled there.
+    transformers keeps to itself. Prompts are not compiled there. Once a length has been
+    run, torch is told that its guards hold (`torch.compiler.set_stance`).
     """
 
     packages: tuple[str, ...] = ("torch", "transformers")
@@ -39,6 +40,7 @@ class Dense:
     def __init__(self, threads: int, longest: int, compiled: bool = False) -> None:
         torch.set_num_threads(threads)
         self.compile = None
+        self.lengths: set[int] = set()  # of caches that there are graphs for
         if compiled:
             self.compile = CompileConfig(mode="default", dynamic=False)
             self.compile._compile_all_devices = True
@@ -55,16 +57,19 @@ class Dense:
             # needs: that one grows with the longest run and is compiled again.
             cache = StaticCache(config=self.model.config, max_cache_len=len(ids) + new)
             options = {"past_key_values": cache, "compile_config": self.compile}
-        made = self.model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=new,
-            do_sample=False,
-            streamer=clock,
-            return_dict_in_generate=True,
-            output_logits=keep_logits,
-            **options,
-        )
+        known = len(ids) + new in self.lengths
+        self.lengths.add(len(ids) + new)
+        with torch.compiler.set_stance("default", skip_guard_eval_unsafe=known):
+            made = self.model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=new,
+                do_sample=False,
+                streamer=clock,
+                return_dict_in_generate=True,
+                output_logits=keep_logits,
+                **options,
+            )
         tokens = made.sequences[0, len(ids) :].tolist()
         logits = torch.cat(made.logits).float().numpy() if keep_logits else None
         return Run(tokens, clock.times[1:], logits)  # the first is the prompt's
