@@ -40,17 +40,17 @@ class Weight:
     def form(self) -> dict[str, int]:
         return {"bits": self.bits, "group_size": self.group_size}
 
-    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+    def parts(self, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
         """Random words, scales and biases.
 
         Scales are m / 2**e, biases -c (m - d) / 2**e, where c is half the codes: any
         pair of 8 digits each for which bias + c * scale has 8 digits, too. So torch's
         int4 stands for the same matrix, and values do not fit the dtype without rounding.
         """
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
 
         def integers(low: int, end: int, *shape: int) -> Tensor:
-            return torch.randint(low, end, shape, generator=generator)
+            return torch.randint(low, end, shape, generator=generator, device=device)
 
         packed = integers(-(2**31), 2**31, self.n, self.k * self.bits // 32)
         m = integers(128, 216, self.n, self.groups)
@@ -64,14 +64,15 @@ class Weight:
     def groups(self) -> int:
         return self.k // self.group_size
 
-    def x(self, rows: int) -> Tensor:
-        generator = torch.Generator().manual_seed(rows)
-        return torch.randn(rows, self.k, generator=generator).to(self.dtype)
+    def x(self, rows: int, device: str = "cpu") -> Tensor:
+        generator = torch.Generator(device).manual_seed(rows)
+        x = torch.randn(rows, self.k, generator=generator, device=device)
+        return x.to(self.dtype)
 
 
 def exact_product(weight: Weight, parts: tuple[Tensor, ...], x: Tensor) -> Tensor:
     """``x @ W.T`` in float64, some rows of W at a time."""
-    exact = torch.empty(len(x), weight.n, dtype=torch.float64)
+    exact = torch.empty(len(x), weight.n, dtype=torch.float64, device=x.device)
     x = x.double()
     for start in range(0, weight.n, 512):
         words, scales, biases = (part[start : start + 512] for part in parts)

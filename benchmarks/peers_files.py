@@ -76,11 +76,11 @@ def write(folder: Path, size: Size, kind: str) -> Path:
     return path
 
 
-def _write_dense(_: Path, path: Path, size: Size) -> None:
-    from transformers import AutoModelForCausalLM, LlamaConfig
+def config_of(size: Size) -> Any:
+    """The configuration that transformers has for it."""
+    from transformers import LlamaConfig
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=size.vocabulary,
         hidden_size=size.hidden,
         intermediate_size=size.mlp,
@@ -95,7 +95,13 @@ def _write_dense(_: Path, path: Path, size: Size) -> None:
         bos_token_id=None,
         eos_token_id=None,  # nothing ends a text
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def _write_dense(_: Path, path: Path, size: Size) -> None:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_of(size), dtype=torch.bfloat16)
     model.save_pretrained(path)
 
 
@@ -170,24 +176,25 @@ Weights = Callable[[str], Tensor]  # by the name that transformers has for it
 class _Safetensors:
     """The tensors of a folder by name, read when asked for."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
         self.files: dict[str, Any] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            file = safe_open(path, framework="pt")
+            file = safe_open(path, framework="pt", device=device)
             self.files |= dict.fromkeys(file.keys(), file)
 
     def __call__(self, name: str) -> Tensor:
         return self.files[name].get_tensor(name)
 
 
-def weights(path: Path, size: Size, kind: str) -> Weights:
+def weights(path: Path, size: Size, kind: str, device: str = "cpu") -> Weights:
     """What the weights of a format are, dequantized by its own library where there is one.
 
     `kind` is that of `write`, or "torchao": the dense file, quantized as torchao does.
+    Those of GGUF files are on the CPU, others on `device`.
     """
     if kind.startswith("q4"):
         return _weights_of_gguf(path, size)
-    stored = _Safetensors(path)
+    stored = _Safetensors(path, device)
     return {"mlx": _of_mlx, "torchao": _of_torchao}.get(kind, lambda s: s)(stored)
 
 

@@ -1,15 +1,18 @@
-"""Put the figures of a run of `cpu.py` into the README, or see that they are there.
+"""Put the figures of benchmarks into the README, or see that they are there.
 
     python benchmarks/readme.py            # fails where the README says something else
     python benchmarks/readme.py --write
 
-Every figure, name and version there comes from benchmarks/results/cpu.json.
+Every figure, name and version there comes from benchmarks/results: cpu.json, a run of
+`cpu.py`, and, where they are, cuda.json and cuda_models.json, of `nvidia.py` and
+`cuda_models.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import json
 import re
 from collections.abc import Sequence
@@ -32,6 +35,8 @@ from peers_report import kinds_of
 
 HERE = Path(__file__).resolve().parent
 MARKERS = "<!-- cpu-table:begin -->", "<!-- cpu-table:end -->"
+CUDA_MARKERS = "<!-- cuda-table:begin -->", "<!-- cuda-table:end -->"
+CUDA_FILES = ("cuda.json", "cuda_models.json")
 SECTIONS = ("products", "models", "quantize", "overhead", "load")
 LOADERS = ("from_pretrained", "mlx-lm")
 CONVERTERS = ("convert", "mlx-lm")
@@ -40,13 +45,18 @@ CONVERTERS = ("convert", "mlx-lm")
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--json", type=Path, default=HERE / "results" / "cpu.json")
+    beside = "of cpu.py; those of GPUs are looked for beside it"
+    add("--json", type=Path, default=HERE / "results" / "cpu.json", help=beside)
     add("--readme", type=Path, default=HERE.parent / "README.md")
     add("--write", action="store_true", help="change the README")
     options = parser.parse_args(arguments)
     figures = json.loads(options.json.read_text(encoding="utf-8"))
     old = options.readme.read_text(encoding="utf-8")
     new = filled(old, text_of(figures), options.readme)
+    on_gpu = [_figures(options.json.with_name(name)) for name in CUDA_FILES]
+    if any(on_gpu):
+        text = importlib.import_module("readme_cuda").text_of(*on_gpu)
+        new = filled(new, text, options.readme, CUDA_MARKERS)
     if options.write:
         options.readme.write_text(new, encoding="utf-8")
     elif new != old:
@@ -57,9 +67,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit("\n".join([*lines, says]))
 
 
-def filled(content: str, text: str, path: Path) -> str:
+def _figures(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def filled(
+    content: str, text: str, path: Path, markers: tuple[str, str] = MARKERS
+) -> str:
     """The README with this text between its markers."""
-    begin, end = MARKERS
+    begin, end = markers
     pattern = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
     changed, count = pattern.subn(lambda _: f"{begin}\n{text}\n{end}", content)
     if count != 1:

@@ -29,6 +29,8 @@ class Settings:
         replaced by the slow path and logged. (AFFINE_TENSOR_STRICT=1)
     cpu_backend: "own", or "reference" to dequantize a block of rows at a time and let
         torch multiply. (AFFINE_TENSOR_CPU_BACKEND=reference)
+    cuda_backend: "own", or "reference" as for the CPU.
+        (AFFINE_TENSOR_CUDA_BACKEND=reference)
     metal_backend: "own", or "hub" for the kernels of `kernels.hub` where they pass their
         check. (AFFINE_TENSOR_METAL_BACKEND=hub)
     """
@@ -36,6 +38,7 @@ class Settings:
     batch_invariant: bool = False
     strict: bool = False
     cpu_backend: str = "own"
+    cuda_backend: str = "own"
     metal_backend: str = "own"
 
 
@@ -43,6 +46,7 @@ settings = Settings(
     batch_invariant=_flag("AFFINE_TENSOR_BATCH_INVARIANT"),
     strict=_flag("AFFINE_TENSOR_STRICT"),
     cpu_backend=os.environ.get("AFFINE_TENSOR_CPU_BACKEND", "own"),
+    cuda_backend=os.environ.get("AFFINE_TENSOR_CUDA_BACKEND", "own"),
     metal_backend=os.environ.get("AFFINE_TENSOR_METAL_BACKEND", "own"),
 )
 

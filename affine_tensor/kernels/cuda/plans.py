@@ -1,0 +1,411 @@
+"""From a product's sizes to a kernel, its definitions and its grid.
+
+Nothing here touches a device. Families: `gemv` (one to four rows of x at a time, any
+dtype) and `mma` (tensor cores on 16-bit floats). Where there is no plan, the weight is to
+be dequantized and multiplied by cuBLAS.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Size = tuple[int, int, int]
+Sizes = dict[str, Any]  # integers, by name
+
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+# Rows of x up to which the words are multiplied, rather than a dense weight.
+MOST_ROWS = 128
+_MOST_FLOAT32_ROWS = 16
+_WORD = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product as kernels see it: x ``[M, K]``, W ``[N, K]``, y ``[M, N]``.
+
+    `experts` is 0 for one matrix. Otherwise `grouping` says how rows find their expert:
+    1 by an index each, 2 by ends of sorted rows. Alignments, as `alignment` finds them:
+    the power of two, up to 16, that each row's address is a multiple of, in bytes (of
+    scales and biases the smaller one). `invariant`: a row's result must not depend on M.
+    """
+
+    m: int
+    n: int
+    k: int
+    bits: int
+    group_size: int
+    dtype: torch.dtype
+    scale_dtype: torch.dtype
+    biased: bool = False
+    experts: int = 0
+    grouping: int = 0
+    x_alignment: int = 16
+    packed_alignment: int = 16
+    scale_alignment: int = 16
+    invariant: bool = False
+    capability: tuple[int, int] = (9, 0)
+    multiprocessors: int = 132
+    shared: int = 232448  # bytes that a block may have
+
+    @property
+    def aligned(self) -> bool:
+        """Whether 16 bytes of packed words can be loaded at once."""
+        row = self.k * self.bits // 8
+        return alignment(self.packed_alignment, row) == 16
+
+    @property
+    def x_aligned(self) -> bool:
+        row = self.k * self.dtype.itemsize
+        return alignment(self.x_alignment, row) == 16
+
+    @property
+    def scale_bytes(self) -> int:
+        row = self.k // self.group_size * self.scale_dtype.itemsize
+        return alignment(self.scale_alignment, row)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A kernel to compile (`entry` of `source`, with `defines`) and how to launch it.
+
+    shared: dynamic shared memory, in bytes. pdl: the launch may overlap the kernel before
+    it in the stream (programmatic stream serialization).
+    """
+
+    source: str
+    entry: str
+    defines: tuple[tuple[str, int], ...]
+    grid: Size
+    block: Size
+    shared: int
+    cluster: Size = (1, 1, 1)
+    pdl: bool = False
+
+    def __getitem__(self, name: str) -> int:
+        return dict(self.defines)[name]
+
+
+def alignment(*bytes_: int) -> int:
+    """The power of two, up to 16, that addresses and strides in bytes are multiples of."""
+    together = 16
+    for number in bytes_:
+        together |= number
+    return together & -together
+
+
+def choose(product: Product) -> Plan | None:
+    """The kernel for a product, or None: dequantize, then cuBLAS."""
+    if product.capability < (8, 0) or 0 in (product.m, product.n, product.k):
+        return None
+    plan = next(gemv_plans(product), None) if _takes_gemv(product) else None
+    # Inputs of very many columns do not fit into the shared memory that gemv has.
+    sixteen = product.dtype in (torch.float16, torch.bfloat16)
+    few = product.m <= MOST_ROWS or product.grouping == 2 or product.invariant
+    if plan is None and sixteen and few and product.grouping != 1:
+        plan = next(mma_plans(product), None)
+    return plan
+
+
+def _takes_gemv(product: Product) -> bool:
+    if product.grouping == 1:
+        return True
+    if product.grouping == 2 or product.dtype not in TYPES:
+        return False
+    if product.dtype == torch.float32:
+        return product.m <= _MOST_FLOAT32_ROWS or product.invariant
+    if product.invariant:  # tiles of tokens all add up in the same order
+        return False
+    return product.m <= 2
+
+
+def _up(value: int, unit: int) -> int:
+    return -(-value // unit)
+
+
+# ---- gemv -----------------------------------------------------------------------
+
+_GEMV_UNITS = {1: 4, 2: 4, 3: 4, 4: 4, 5: 2, 6: 2, 8: 2}
+
+
+def gemv_plans(product: Product) -> Iterator[Plan]:
+    """Plans of the family `gemv` that fit, the one to take first."""
+    for sizes in _gemv_sizes(product):
+        plan = gemv_plan(product, **sizes)
+        if plan is not None and plan.shared * sizes["blocks"] <= product.shared:
+            yield plan
+
+
+def _gemv_sizes(product: Product) -> Iterator[Sizes]:
+    units = _GEMV_UNITS[product.bits]
+    while units > 1 and product.k < 512 * units:
+        units //= 2
+    if product.group_size == 16 or product.scale_dtype == torch.float32:
+        units = min(units, 2)  # scales on their way take registers as well
+    # Of fewer tiles than multiprocessors each gets more warps.
+    tiles = _up(product.n, 16) * (1 if product.invariant else product.m)
+    few = tiles < product.multiprocessors
+    if few:
+        units = max(1, units // 2)
+    warps = _gemv_warps(_up(product.k, 128 * units), 16 if few else 8)
+    tokens = 1
+    if product.grouping == 0:
+        tokens = 1 if product.m == 1 else 2 if product.m == 2 else 4
+    # With fewer tokens the inputs of more columns fit.
+    while tokens:
+        most = max(1, min(32, (16 if tokens < 4 else 8) // warps))
+        for blocks in range(most, 0, -1):
+            yield {"units": units, "warps": warps, "blocks": blocks, "tokens": tokens}
+        tokens //= 2
+
+
+def _gemv_warps(chunks: int, about: int) -> int:
+    """How many share the chunks of K, so that few wait for others."""
+    if chunks <= about:
+        return chunks
+    choices = range(about * 3 // 4, min(16, about * 3 // 2) + 1)
+    wasted = {warps: _up(chunks, warps) * warps / chunks for warps in choices}
+    return min(wasted, key=lambda warps: (round(wasted[warps], 1), abs(warps - about)))
+
+
+def gemv_shared(product: Product, units: int, warps: int, tokens: int) -> int:
+    """Bytes of shared memory of a block."""
+    all_units = _up(product.k, 128 * units) * units
+    sets = 64 // min(64, product.group_size)
+    groups = max(1, 128 * units // product.group_size)
+    pair = 2 if product.scale_dtype == torch.float32 else 1
+    words = warps * groups * 20 * pair + 2 * warps * tokens * 16 + 128
+    return _WORD * (words + tokens * all_units * (sets * 8 + 128))
+
+
+def gemv_plan(
+    product: Product,
+    *,
+    units: int,
+    warps: int,
+    blocks: int,
+    tokens: int,
+    pdl: bool | None = None,
+    trigger: int = 1,
+) -> Plan | None:
+    """The plan with these sizes, or None if it does not fit."""
+    shared = gemv_shared(product, units, warps, tokens)
+    if shared > product.shared or (tokens > 1 and product.grouping):
+        return None
+    overlaps = _overlaps(product) if pdl is None else pdl
+    tiles, rows = _up(product.n, 16), _up(product.m, tokens)
+    if rows > 65535:
+        return None
+    wide = max(1, _up(product.multiprocessors * blocks, rows))
+    defines = {
+        **_format(product),
+        "TOKENS": tokens,
+        "UNITS": units,
+        "WARPS": warps,
+        "BLOCKS": blocks,
+        "ALIGNED": product.aligned,
+        "SCALE_BYTES": product.scale_bytes,
+        "TAIL": product.k % (128 * units) != 0,
+        "GROUPED": product.grouping == 1,
+        "PDL": overlaps,
+        "TRIGGER": trigger,
+    }
+    return Plan(
+        "gemv.cu",
+        "affine_gemv",
+        _defines(defines),
+        (min(tiles, wide), rows, 1),
+        (32 * warps, 1, 1),
+        shared,
+        pdl=overlaps,
+    )
+
+
+# ---- mma ------------------------------------------------------------------------
+
+# By rows of x up to a limit: sizes for narrow W (N <= 4096), then for wide ones. Those of
+# the prototypes that were fastest on an H200, with 4 bits and groups of 64.
+_MMA: dict[int, tuple[Sizes, Sizes]] = {
+    8: (
+        {"mt": 2, "wn": 2, "wk": 4, "ck": 2, "ks": 512, "stages": 3, "blocks": 2},
+        {"mt": 2, "wn": 4, "wk": 2, "ck": 1, "ks": 512, "stages": 2, "blocks": 2},
+    ),
+    16: (
+        {"mt": 2, "wn": 2, "wk": 4, "ck": 2, "ks": 256, "stages": 4, "blocks": 2},
+        {"mt": 4, "wn": 2, "wk": 2, "ck": 1, "ks": 256, "stages": 3, "blocks": 2},
+    ),
+    32: (
+        {"mt": 2, "wn": 2, "wk": 4, "ck": 2, "ks": 256, "stages": 3, "blocks": 1},
+        {"mt": 4, "wn": 2, "wk": 2, "ck": 1, "ks": 256, "stages": 3, "blocks": 2},
+    ),
+    64: (
+        {"mt": 2, "wn": 2, "wk": 4, "ck": 2, "ks": 256, "stages": 3, "blocks": 1},
+        {"mt": 4, "wn": 2, "wk": 2, "ck": 1, "ks": 256, "stages": 3, "blocks": 1},
+    ),
+}
+_NARROW = 4096
+# The same for all M: one order of sums.
+_INVARIANT: Sizes = {
+    "mt": 2,
+    "wn": 2,
+    "wk": 4,
+    "ck": 1,
+    "ks": 256,
+    "stages": 3,
+    "blocks": 1,
+}
+
+
+def mma_plans(product: Product) -> Iterator[Plan]:
+    """Plans of the family `mma` that fit, the one to take first."""
+    nt = token_tiles(product)
+    if product.invariant:
+        wanted = _INVARIANT
+    else:
+        narrow, wide = next(both for most, both in _MMA.items() if 8 * nt <= most)
+        wanted = narrow if product.n <= _NARROW else wide
+        if product.bits > 4 and wanted["ks"] == 512:
+            wanted = {**wanted, "ks": 256}
+        # What else does not fit into registers.
+        if nt > 4 and wanted["mt"] > 2 and product.bits not in (4, 8):
+            wanted = {**wanted, "mt": 2, "wn": 4}
+        if nt > 2 and _needs_sums(product):
+            wanted = {**wanted, "mt": 1, "wn": 4, "wk": 2, "blocks": 1}
+    sums = int(_needs_sums(product) or (nt == 1 and product.group_size >= 64))
+    if product.invariant:
+        sums = int(_needs_sums(product))
+    for blocks, ks, stages in itertools.product(
+        range(wanted["blocks"], 0, -1),
+        (wanted["ks"], wanted["ks"] // 2),
+        range(wanted["stages"], 1, -1),
+    ):
+        if product.invariant and ks != wanted["ks"]:
+            continue
+        sizes = {**wanted, "blocks": blocks, "ks": ks, "stages": stages}
+        plan = mma_plan(product, nt=nt, sums=sums, **sizes)
+        if plan is not None and plan.shared * blocks <= product.shared:
+            yield plan
+
+
+def token_tiles(product: Product) -> int:
+    """Tokens of a block, divided by 8."""
+    rows = product.m
+    if product.grouping == 2:
+        rows = _up(rows, max(1, product.experts))
+    tiles = _up(_up(rows, 8), _up(rows, 64))
+    return next(nt for nt in (1, 2, 3, 4, 6, 8) if nt >= tiles)
+
+
+def _needs_sums(product: Product) -> bool:
+    """Whether codes are to be multiplied as they are, however many the tokens.
+
+    float16 may have no room for weights whose scales have another dtype. And of one bit
+    there are two weights in a group, whose roundings do not even out.
+    """
+    same = product.scale_dtype == product.dtype
+    return product.bits == 1 or (product.dtype == torch.float16 and not same)
+
+
+def mma_shared(
+    product: Product,
+    *,
+    nt: int,
+    mt: int,
+    wn: int,
+    wk: int,
+    ks: int,
+    stages: int,
+) -> int:
+    """Bytes of shared memory of a block."""
+    rows, tokens = 16 * mt * wn, 8 * nt
+    segment = ks * product.bits // 8
+    past = {8: 64, 4: 32, 2: 16, 1: 16}.get(product.bits, 48)
+    stage = rows * (segment + (past - segment) % 128) + tokens * (ks * 2 + 16)
+    pair = 2 if product.scale_dtype == torch.float32 else 1
+    scales = 2 * max(1, ks // product.group_size) * (rows + 4) * pair * _WORD
+    return max(stages * stage + scales, wk * tokens * (rows + 1) * _WORD)
+
+
+def mma_plan(
+    product: Product,
+    *,
+    nt: int,
+    mt: int,
+    wn: int,
+    wk: int,
+    ck: int,
+    ks: int,
+    stages: int,
+    blocks: int,
+    sums: int,
+    pdl: bool | None = None,
+    trigger: int = 1,
+) -> Plan | None:
+    """The plan with these sizes, or None if it does not fit."""
+    if product.capability < (9, 0):
+        ck = 1
+    ck = min(ck, _up(product.k, ks))
+    shared = mma_shared(product, nt=nt, mt=mt, wn=wn, wk=wk, ks=ks, stages=stages)
+    if shared > product.shared or ks % (64 * wk):
+        return None
+    overlaps = (_overlaps(product) and ck == 1) if pdl is None else pdl
+    tiles = _up(product.m, 8 * nt)
+    if product.grouping == 2:  # each expert begins one of its own, and so does the rest
+        begun = min(product.experts + 1, product.m)
+        tiles = (product.m + begun * (8 * nt - 1)) // (8 * nt)
+    if tiles > 65535:
+        return None
+    defines = {
+        **_format(product),
+        "NT": nt,
+        "MT": mt,
+        "WN": wn,
+        "WK": wk,
+        "CK": ck,
+        "KS": ks,
+        "STAGES": stages,
+        "SUMS": sums,
+        "BLOCKS": blocks,
+        "ALIGNED": product.aligned,
+        "X_ALIGNED": product.x_aligned,
+        "TAIL": product.k % ks != 0,
+        "EDGE": product.n % (16 * mt * wn) != 0,
+        "GROUPED": product.grouping,
+        "PDL": overlaps,
+        "TRIGGER": trigger,
+    }
+    return Plan(
+        "mma.cu",
+        "affine_mma",
+        _defines(defines),
+        (_up(product.n, 16 * mt * wn), ck, tiles),
+        (32 * wn * wk, 1, 1),
+        shared,
+        (1, ck, 1),
+        overlaps,
+    )
+
+
+# ---- what both need -------------------------------------------------------------
+
+
+def _overlaps(product: Product) -> bool:
+    return product.capability >= (9, 0)
+
+
+def _format(product: Product) -> Sizes:
+    return {
+        "BITS": product.bits,
+        "GROUP": product.group_size,
+        "X": TYPES[product.dtype],
+        "S": TYPES[product.scale_dtype],
+    }
+
+
+def _defines(values: Sizes) -> tuple[tuple[str, int], ...]:
+    return tuple((name, int(value)) for name, value in values.items())
