@@ -10,6 +10,7 @@ from .checkpoint.save import SaveReport, save_checkpoint
 from .fold import fold_permutations_
 from .fuse import fuse_projections, split_projections
 from .kernels import cpu as _cpu  # noqa: F401  (registers its kernels)
+from .kernels import cuda as _cuda  # noqa: F401
 from .kernels import metal as _metal  # noqa: F401
 from .kernels.warmup import warmup
 from .quantize import ON_PACKED as _ON_PACKED

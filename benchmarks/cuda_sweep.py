@@ -51,7 +51,8 @@ def gemv_candidates(product: Product) -> Iterator[Plan | None]:
         if warps > chunks or in_turn * warps > 1.15 * chunks:
             continue
         sizes = {"units": units, "warps": warps, "blocks": blocks, "tokens": tokens}
-        yield plans.gemv_plan(product, **sizes)
+        for ahead in (0, 1, 2):
+            yield plans.gemv_plan(product, **sizes, ahead=ahead)
 
 
 def mma_candidates(product: Product) -> Iterator[Plan | None]:
@@ -77,7 +78,29 @@ def mma_candidates(product: Product) -> Iterator[Plan | None]:
                 yield plan
 
 
-FAMILIES = {"gemv": gemv_candidates, "mma": mma_candidates}
+def wgmma_candidates(product: Product) -> Iterator[Plan | None]:
+    if product.m <= 8 or not product.aligned:
+        return
+    for tokens, (warpgroups, turns), split, (stages, depth) in itertools.product(
+        (32, 64, 128, 192, 256),
+        ((2, 1), (2, 2), (1, 2), (1, 4), (1, 1)),
+        (1, 2, 4),
+        ((8, 4), (7, 4), (6, 3), (5, 3), (4, 4), (3, 2)),
+    ):
+        if tokens > 2 * product.m and tokens > 32:
+            continue
+        if tokens * warpgroups * turns > (256 if tokens < 192 else 512):  # registers
+            continue
+        sizes = {"warpgroups": warpgroups, "turns": turns, "split": split}
+        sizes |= {"stages": stages, "depth": depth}
+        yield plans.wgmma_plan(product, tokens=tokens, **sizes)
+
+
+FAMILIES = {
+    "gemv": gemv_candidates,
+    "mma": mma_candidates,
+    "wgmma": wgmma_candidates,
+}
 
 
 @dataclass
@@ -119,7 +142,7 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
         )
         own: dict[Plan, None] = {}
         for family in arguments.family:
-            if family == "mma" and (m < 2 or product.dtype == torch.float32):
+            if family != "gemv" and (m < 2 or product.dtype == torch.float32):
                 continue
             for plan in FAMILIES[family](product):
                 if plan is not None:
@@ -137,8 +160,8 @@ def _with_overlap(plan: Plan, wanted: str) -> list[Plan]:
     for pdl, trigger in {"off": [(0, 1)], "end": [(1, 1)]}.get(
         wanted, [(0, 1), (1, 1), (1, 0)]
     ):
-        values = {**dict(plan.defines), "PDL": pdl, "TRIGGER": trigger}
-        defines = tuple((name, int(value)) for name, value in values.items())
+        own = {"PDL": pdl, "TRIGGER": trigger}
+        defines = tuple((name, own.get(name, value)) for name, value in plan.defines)
         both.append(replace(plan, defines=defines, pdl=bool(pdl)))
     return both
 
@@ -195,8 +218,7 @@ class Bench:
         image = compiler.image(plan.source, plan.defines, self.product.capability)
         made = launch.function(image, plan.entry, 0, plan.shared)
         packed, scales, _ = self.copies[0]
-        strides = products.strides_of(self.x.stride(0), packed, scales)
-        return products._launch(plan, self.product, strides, made, 0)
+        return products.launch(plan, self.product, self.x, packed, scales, made, 0)
 
     def run(self, call: Any, copy: int) -> None:
         packed, scales, biases = self.copies[copy % len(self.copies)]
@@ -251,11 +273,11 @@ def sweep(case: Case, best: int, until: float) -> list[Result]:
             call = bench.launch(plan)
             error = bench.error(call)
             if not error < LIMITS[case.product.dtype]:
-                print(f"WRONG {error:.1e}: {products.describe(plan)}", flush=True)
+                print(f"WRONG {error:.1e}: {_sizes(plan)}", flush=True)
                 continue
             found.append(Result(plan, error, bench.time(call, 3, about)))
         except Exception as problem:
-            print(f"FAILED {problem}: {products.describe(plan)}", flush=True)
+            print(f"FAILED {problem}: {_sizes(plan)}", flush=True)
             if "illegal" in str(problem) or "misaligned" in str(problem):
                 raise
     found.sort(key=lambda result: result.us)

@@ -135,9 +135,11 @@ def randn(*shape: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=generator, device=DEVICE).to(dtype)
 
 
-def close(y: Tensor, wanted: Tensor) -> None:
+def close(y: Tensor, wanted: Tensor, *, dense: bool = False) -> None:
+    """dense: weights were rounded before the product, which torch did."""
     error = float((y.double() - wanted).norm() / wanted.norm())
-    assert error < BOUND[y.dtype], f"the relative error is {error:.2e}"
+    bound = BOUND[y.dtype] * (1.3 if dense else 1)
+    assert error < bound, f"the relative error is {error:.2e}"
 
 
 # ---- products -------------------------------------------------------------------
@@ -156,12 +158,12 @@ def test_products(bits: int, dtype: torch.dtype) -> None:
         bias = randn(n, dtype=dtype, seed=2) if m % 2 == 0 else None
         y = op.linear(x, *parts, None, bias, **form)
         wanted = x.double() @ dense_of(parts, bits, group_size).T
-        close(y, wanted if bias is None else wanted + bias)
+        close(y, wanted if bias is None else wanted + bias, dense=m > 128)
         # The same again, bit for bit.
         assert torch.equal(op.linear(x, *parts, None, bias, **form), y)
         x = randn(m, n, dtype=dtype)
         y = op.matmul(x, *parts, None, **form)
-        close(y, x.double() @ dense_of(parts, bits, group_size))
+        close(y, x.double() @ dense_of(parts, bits, group_size), dense=True)
 
 
 FORM = {"bits": 4, "group_size": 64, "dtype": torch.bfloat16}
@@ -177,19 +179,21 @@ def four_bits(*lead: int, k: int, seed: int = 0) -> Parts:
 def test_any_number_of_rows(m: int) -> None:
     parts = four_bits(328, k=1088)
     x = randn(m, 1088, dtype=torch.bfloat16)
-    close(op.linear(x, *parts, **FORM), x.double() @ dense_of(parts, 4, 64).T)
+    y = op.linear(x, *parts, **FORM)
+    close(y, x.double() @ dense_of(parts, 4, 64).T, dense=m > 128)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_weights(dtype: torch.dtype) -> None:
-    """Several tiles for each multiprocessor, and rows beyond 2 ** 31 bytes of y."""
+    """Several tiles for each multiprocessor, and many steps along K."""
     form = {**FORM, "dtype": dtype}
     for n, k in ((14336, 4096), (1024, 14336)):
         parts = four_bits(n, k=k)
         dense = dense_of(parts, 4, 64)
         for m in (1, 2, 16, 64, 256):
             x = randn(m, k, dtype=dtype)
-            close(op.linear(x, *parts, **form), x.double() @ dense.T)
+            y = op.linear(x, *parts, **form)
+            close(y, x.double() @ dense.T, dense=m > 128)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -220,7 +224,8 @@ def test_operands_that_do_not_lie_side_by_side(dtype: torch.dtype) -> None:
     own = (packed[:, words], scales[:, groups], biases[:, groups])
     for m in (1, 2, 11, 150):
         x = randn(m, 192, dtype=dtype)
-        close(op.linear(x, *own, **form), x.double() @ dense[:, 64:256].T)
+        y = op.linear(x, *own, **form)
+        close(y, x.double() @ dense[:, 64:256].T, dense=m > 128)
     # Words that begin at an address that is no multiple of 16.
     moved = torch.empty(packed.numel() + 1, dtype=torch.int32, device=DEVICE)[1:]
     moved = moved.view_as(packed).copy_(packed)
@@ -238,9 +243,11 @@ def test_permuted_columns(dtype: torch.dtype) -> None:
     dense[:, permutation.long()] = dense_of(parts, 4, 64)
     for m in (1, 2, 9, 150):
         x = randn(m, 256, dtype=dtype)
-        close(op.linear(x, *parts, permutation, **form), x.double() @ dense.T)
+        y = op.linear(x, *parts, permutation, **form)
+        close(y, x.double() @ dense.T, dense=m > 128)
         x = randn(m, 96, dtype=dtype)
-        close(op.matmul(x, *parts, permutation, **form), x.double() @ dense)
+        y = op.matmul(x, *parts, permutation, **form)
+        close(y, x.double() @ dense, dense=True)
     made = op.dequantize(*parts, permutation, **{**form, "dtype": torch.float64})
     assert torch.equal(made, dense)
 
@@ -280,7 +287,7 @@ def test_dense_weights_are_made_a_part_at_a_time() -> None:
     assert peak < cuda._SCRATCH + 2 * y.nbytes + (8 << 20)
     some = slice(30000, 30100)
     own = tuple(part[some] for part in parts)
-    close(y[:, some], x.double() @ dense_of(own, 4, 64).T)
+    close(y[:, some], x.double() @ dense_of(own, 4, 64).T, dense=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -328,7 +335,7 @@ def test_experts(bits: int, dtype: torch.dtype, permuted: bool) -> None:
     x = randn(50, n, dtype=dtype)
     owners = torch.randint(0, count, (50,), device=DEVICE)
     y = op.grouped_matmul(x, *parts, permutation, indices=owners, **form)
-    close(y, torch.einsum("tn,tnk->tk", x.double(), dense[owners]))
+    close(y, torch.einsum("tn,tnk->tk", x.double(), dense[owners]), dense=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -461,7 +468,15 @@ def calls() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
         def by_ends(x: Tensor, ends: Tensor = ends) -> Tensor:
             return op.grouped_linear(x, *stacked, offsets=ends, **FORM)
 
+        def sorted_before(x: Tensor, owners: Tensor = owners) -> Tensor:
+            before, experts._SORTING = experts._SORTING, 0
+            try:
+                return op.grouped_linear(x, *stacked, indices=owners, **FORM)
+            finally:
+                experts._SORTING = before
+
         found[f"{rows} rows by index"] = (by_index, x)
+        found[f"{rows} rows, sorted"] = (sorted_before, x)
         found[f"{rows} rows by ends"] = (by_ends, x)
     found["embedding"] = (
         lambda ids: op.embedding(ids, *parts, **FORM),
@@ -502,7 +517,7 @@ def test_what_is_first_met_in_a_capture() -> None:
             y = op.linear(x, *parts, **form)
         assert not products.calls
         graph.replay()
-        close(y, x.double() @ dense_of(parts, 5, 128).T)
+        close(y, x.double() @ dense_of(parts, 5, 128).T, dense=m > 128)
         assert torch.equal(op.linear(x, *parts, **form), y)
 
 
@@ -556,11 +571,9 @@ def test_results_are_the_same_each_time_and_after_each_other() -> None:
 
         for run in (chain, direct):
             wanted = run(x)
-            slow = x
             assert wanted.isfinite().all()
             for _ in range(30):
                 assert torch.equal(run(x), wanted)
-            del slow
 
 
 def test_threads_at_once() -> None:
@@ -643,18 +656,25 @@ def test_compiled_modules(mode: str) -> None:
 def test_the_reference_instead(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    parts = four_bits(96, k=256)
     stacked = four_bits(4, 96, k=256)
     x = randn(5, 256, dtype=torch.bfloat16)
     owners = torch.tensor([0, 3, 3, 1, 0], device=DEVICE)
-    dense = dense_of(parts, 4, 64)
 
     def check() -> None:
-        close(op.linear(x, *parts, **FORM), x.double() @ dense.T)
+        for bits, dtype in itertools.product(layout.BITS, DTYPES):
+            own = random_parts(75, bits=bits, group_size=32, dtype=dtype, k=320)
+            form = {"bits": bits, "group_size": 32, "dtype": dtype}
+            bias = randn(75, dtype=dtype, seed=2)
+            for m in (1, 5, 40, 200):
+                x_own = randn(m, 320, dtype=dtype)
+                wanted = x_own.double() @ dense_of(own, bits, 32).T
+                close(op.linear(x_own, *own, **form), wanted, dense=True)
+                y = op.linear(x_own, *own, None, bias, **form)
+                close(y, wanted + bias, dense=True)
         y = op.grouped_linear(x, *stacked, indices=owners, **FORM)
-        own = dense_of(stacked, 4, 64)[owners]
-        close(y, torch.einsum("tk,tnk->tn", x.double(), own))
-        assert op.dequantize(*parts, **FORM).shape == (96, 256)
+        dense = dense_of(stacked, 4, 64)[owners]
+        close(y, torch.einsum("tk,tnk->tn", x.double(), dense), dense=True)
+        assert op.dequantize(*stacked, **FORM).shape == (4, 96, 256)
 
     assert ops.has_kernels("cuda")
     monkeypatch.setattr(settings, "cuda_backend", "reference")
@@ -666,7 +686,7 @@ def test_the_reference_instead(
     cuda.reset()
     try:
         with caplog.at_level(logging.WARNING, "affine_tensor"):
-            check()
+            check()  # by Triton, where it is installed
         assert not ops.has_kernels("cuda")
     finally:
         cuda.reset()
@@ -682,7 +702,7 @@ def test_gradients_through_a_layer() -> None:
         gradient = randn(m, 192, dtype=torch.bfloat16, seed=3)
         F.linear(x, weight).backward(gradient)
         assert x.grad is not None
-        close(x.grad, gradient.double() @ dense)
+        close(x.grad, gradient.double() @ dense, dense=True)
 
 
 def test_greedy_tokens_of_a_model_are_those_of_the_cpu(

@@ -52,6 +52,21 @@ def fits(plan: Plan, product: Product) -> None:
         assert plan.grid[2] * 8 * own["NT"] >= product.m
         # Weights of another dtype may not fit into float16.
         assert own["SUMS"] or own["X"] != 1 or own["S"] == own["X"]
+    else:
+        assert plan.entry == "affine_wgmma"
+        assert product.capability == (9, 0)
+        assert product.aligned
+        assert own["STAGES"] > own["TURNS"]
+        assert own["DEPTH"] >= 2
+        assert own["X"] != 1 or own["S"] == own["X"]
+        assert plan.grid[0] * 64 * own["WARPGROUPS"] >= product.n
+        assert plan.grid[1] == own["SPLIT"] == plan.cluster[1] <= 8
+        assert plan.grid[2] * own["TOKENS"] == plan.ordered.tokens >= product.m
+        columns_of_stages = -(-product.k // 128) * 128
+        assert plan.ordered.size == plan.ordered.tokens * columns_of_stages * 2
+        # A thread of affine_order takes 16 columns of a token.
+        places = plan.ordered.tokens * columns_of_stages // 16
+        assert plan.ordered.grid[0] * plan.ordered.block[0] >= places
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda d: f"sm_{d[0][0]}{d[0][1]}")
@@ -104,7 +119,9 @@ def test_nothing_to_do_and_older_devices_have_no_plan() -> None:
     assert plan is not None
     assert plan.entry == "affine_mma"
     assert plans.choose(Product(1, 8, *kind, capability=(7, 5))) is None
-    assert plans.choose(Product(200, 8, *kind)) is None
+    assert plans.choose(Product(300, 8, *kind)) is None
+    assert plans.choose(Product(200, 8, *kind, capability=(8, 0))) is None
+    assert plans.choose(Product(200, 8, *kind)).entry == "affine_wgmma"
     assert plans.choose(Product(200, 8, *kind, invariant=True)) is not None
 
 

@@ -8,7 +8,8 @@
 // Definitions: BITS, GROUP, X (of x and y), S (of scales), TOKENS of a tile, WARPGROUPS of
 // 64 rows, TURNS that warpgroups of the same rows take at stages, BLOCKS of 64 columns in a
 // stage (even), STAGES of inputs (more than TURNS), DEPTH in stages of weights, SPLIT of the
-// columns over the blocks of a cluster. Rows of words begin at multiples of 16 bytes.
+// columns over the blocks of a cluster, PDL if launches overlap the kernel before. Rows of
+// words begin at multiples of 16 bytes.
 
 #include "codes.cuh"
 #include "machine.cuh"
@@ -38,8 +39,8 @@ constexpr int SUMS = ROWS + 4;  // floats from one token's sums to the next one'
 // as the matrix unit expects. `tokens` is a multiple of TOKENS, K is filled up with zeros
 // to whole stages. A thread takes 16 columns of one token.
 KERNEL affine_order(const u16* x, i64 stride, u32* ordered, int m, int k, int tokens) {
-  wait_for_kernel_before();
-  let_next_kernel_start();
+  if constexpr (PDL) wait_for_kernel_before();
+  if constexpr (PDL) let_next_kernel_start();
   const int place = blockIdx.x * blockDim.x + threadIdx.x;
   const int t = place & 3, token = (place >> 2) % tokens, block = (place >> 2) / tokens;
   const int filled = (k + COLUMNS - 1) / COLUMNS * BLOCKS;
@@ -464,7 +465,7 @@ DEVICE void run_multipliers(
 #pragma unroll
   for (int i = 0; i < TOKENS / 2; ++i) c[i] = 0;
   multiply_stages(c, at, w, warp, lane, warp / (4 * WARPGROUPS), rank, stages);
-  let_next_kernel_start();
+  if constexpr (PDL) let_next_kernel_start();
   sync_multipliers();  // inputs have been read, sums take their place
   put_sums(at.sums(), c, warp, lane);
   if constexpr (SPLIT > 1) sync_cluster();
@@ -518,7 +519,7 @@ KERNEL __launch_bounds__(THREADS, 1) affine_wgmma(
     prefetch_weights(w, lane);
   }
   sync_block();
-  wait_for_kernel_before();
+  if constexpr (PDL) wait_for_kernel_before();
   if (turn < TURNS) {
     run_multipliers(at, w, y + (i64)first_token * n, bias, first_row, n, m - first_token, rank, stages);
   } else {

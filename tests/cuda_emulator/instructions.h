@@ -203,6 +203,9 @@ inline void load_one(const u32* from, u32* to) {
   *to = from[OFFSET];
 }
 
+template <typename T>
+inline const T* now(const T* pointer) { return pointer; }
+
 inline void prefetch(const void* from) { (void)*(volatile const char*)from; }
 
 inline u32 shared_address(const void* pointer) {

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ... import layout, ops
 from .. import settings
-from . import experts, library, products, weights
+from . import experts, fallback, library, products, weights
 from .library import Parts, served, tidy
 from .products import Call, Form, calls, keep, row_stride
 
@@ -160,7 +160,9 @@ def _make_linear(
     product = products.product_of(x, parts, form, biased=bias is not None)
     launch = products.launch_of(product, x, packed, scales)
     if launch is None:
-        return Call(None, otherwise=_dense_linear)
+        few = product.m <= fallback.MOST_ROWS and x.dtype in layout.WEIGHT_DTYPES
+        by_triton = few and not settings.batch_invariant and fallback.wanted()
+        return Call(None, otherwise=_triton_linear if by_triton else _dense_linear)
     return Call(launch, (*x.shape[:-1], n))
 
 
@@ -221,6 +223,13 @@ def _tidied_linear(
     if row_stride(x) is None:
         x = x.contiguous()
     return linear(x, *tidy(*parts), None, bias, **form)
+
+
+def _triton_linear(
+    x: Tensor, parts: Parts, _: None, bias: Tensor | None, form: Form
+) -> Tensor:
+    own = {"bits": form["bits"], "group_size": form["group_size"]}
+    return fallback.linear(x, parts, bias, **own)
 
 
 def _dense_linear(

@@ -18,7 +18,7 @@ from .plans import Plan, Product
 # and experts.
 Run = Callable[..., None]
 
-_ROWS = 512  # of W; tiles of all plans divide it
+_ROWS = 256  # of W; tiles of all plans divide it
 _TOKENS = 64  # of x, the same
 _EXPERTS = 3
 
@@ -65,7 +65,9 @@ def smaller(plan: Plan, product: Product) -> tuple[Plan, Product]:
         experts=experts,
     )
     # The planner of the family gets the sizes that the definitions name.
-    planner = getattr(plans, plan.entry.removeprefix("affine_") + "_plan")
+    planner = getattr(plans, plan.entry.removeprefix("affine_") + "_plan", None)
+    if planner is None:
+        return plan, product
     names = inspect.signature(planner).parameters
     own = {n.lower(): value for n, value in plan.defines if n.lower() in names}
     made = planner(small, **own)

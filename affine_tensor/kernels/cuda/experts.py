@@ -57,11 +57,7 @@ def grouped_linear(
     if not x.numel() or not packed.numel():
         return x.new_zeros((len(x), packed.shape[1]))
     ordered = permutation is None or permutation.shape == (len(packed), k)
-    if (
-        settings.cuda_backend == "own"
-        and ordered
-        and served(device, *own, permutation)
-    ):
+    if settings.cuda_backend == "own" and ordered and served(device, *own, permutation):
         if permutation is not None:
             x = _gathered(x, permutation, offsets, indices)
         if row_stride(x) is None:

@@ -1,8 +1,8 @@
 """From a product's sizes to a kernel, its definitions and its grid.
 
 Nothing here touches a device. Families: `gemv` (one to four rows of x at a time, any
-dtype) and `mma` (tensor cores on 16-bit floats). Where there is no plan, the weight is to
-be dequantized and multiplied by cuBLAS.
+dtype), `mma` (tensor cores on 16-bit floats) and `wgmma` (Hopper's, for tens to hundreds
+of rows). Where there is no plan, the weight is to be dequantized and multiplied by cuBLAS.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 # Rows of x up to which the words are multiplied, rather than a dense weight.
 MOST_ROWS = 128
+MOST_WGMMA_ROWS = 256
 _MOST_FLOAT32_ROWS = 16
 _WORD = 4  # bytes
+_NARROW = 4096  # rows of W
+_LONG = 8192  # columns
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,25 @@ class Product:
 
 
 @dataclass(frozen=True)
+class Ordered:
+    """What `affine_order` of the same source makes of x before the product.
+
+    tokens: M, filled up to whole tiles; size: of the result, in bytes.
+    """
+
+    tokens: int
+    size: int
+    grid: Size
+    block: Size
+
+
+@dataclass(frozen=True)
 class Plan:
     """A kernel to compile (`entry` of `source`, with `defines`) and how to launch it.
 
     shared: dynamic shared memory, in bytes. pdl: the launch may overlap the kernel before
-    it in the stream (programmatic stream serialization).
+    it in the stream (programmatic stream serialization). ordered: the product reads x in
+    the order that another kernel puts it into.
     """
 
     source: str
@@ -86,6 +103,7 @@ class Plan:
     shared: int
     cluster: Size = (1, 1, 1)
     pdl: bool = False
+    ordered: Ordered | None = None
 
     def __getitem__(self, name: str) -> int:
         return dict(self.defines)[name]
@@ -103,13 +121,20 @@ def choose(product: Product) -> Plan | None:
     """The kernel for a product, or None: dequantize, then cuBLAS."""
     if product.capability < (8, 0) or 0 in (product.m, product.n, product.k):
         return None
-    plan = next(gemv_plans(product), None) if _takes_gemv(product) else None
+    plan = None
+    if _takes_gemv(product):
+        plan = next(gemv_plans(product), None)
+    elif _takes_wgmma(product):
+        plan = next(wgmma_plans(product), None)
     # Inputs of very many columns do not fit into the shared memory that gemv has.
-    sixteen = product.dtype in (torch.float16, torch.bfloat16)
     few = product.m <= MOST_ROWS or product.grouping == 2 or product.invariant
-    if plan is None and sixteen and few and product.grouping != 1:
+    if plan is None and _sixteen(product) and few and product.grouping != 1:
         plan = next(mma_plans(product), None)
     return plan
+
+
+def _sixteen(product: Product) -> bool:
+    return product.dtype in (torch.float16, torch.bfloat16)
 
 
 def _takes_gemv(product: Product) -> bool:
@@ -122,6 +147,16 @@ def _takes_gemv(product: Product) -> bool:
     if product.invariant:  # tiles of tokens all add up in the same order
         return False
     return product.m <= 2
+
+
+def _takes_wgmma(product: Product) -> bool:
+    if product.capability != (9, 0) or product.grouping or product.invariant:
+        return False
+    if not (_sixteen(product) and product.aligned) or _needs_sums(product):
+        return False
+    # Of few rows mma is as fast where W is small.
+    small = product.n <= _NARROW and product.k <= _LONG
+    return (32 if small else 16) < product.m <= MOST_WGMMA_ROWS
 
 
 def _up(value: int, unit: int) -> int:
@@ -190,6 +225,7 @@ def gemv_plan(
     warps: int,
     blocks: int,
     tokens: int,
+    ahead: int = 0,
     pdl: bool | None = None,
     trigger: int = 1,
 ) -> Plan | None:
@@ -212,6 +248,7 @@ def gemv_plan(
         "SCALE_BYTES": product.scale_bytes,
         "TAIL": product.k % (128 * units) != 0,
         "GROUPED": product.grouping == 1,
+        "AHEAD": ahead,
         "PDL": overlaps,
         "TRIGGER": trigger,
     }
@@ -248,7 +285,6 @@ _MMA: dict[int, tuple[Sizes, Sizes]] = {
         {"mt": 4, "wn": 2, "wk": 2, "ck": 1, "ks": 256, "stages": 3, "blocks": 1},
     ),
 }
-_NARROW = 4096
 # The same for all M: one order of sums.
 _INVARIANT: Sizes = {
     "mt": 2,
@@ -391,7 +427,120 @@ def mma_plan(
     )
 
 
-# ---- what both need -------------------------------------------------------------
+# ---- wgmma ----------------------------------------------------------------------
+
+# By rows of x up to a limit: sizes for wide W, for narrow ones, and for narrow ones of very
+# many columns. Fastest on an H200, with 4 bits and groups of 64.
+_WGMMA: dict[int, tuple[Sizes, Sizes, Sizes]] = {
+    32: (
+        {"tokens": 32, "warpgroups": 2, "turns": 2, "stages": 6, "depth": 3},
+        {"tokens": 32, "warpgroups": 1, "turns": 2, "stages": 8, "depth": 4},
+        {"tokens": 32, "warpgroups": 1, "turns": 4, "stages": 6, "depth": 3},
+    ),
+    64: (
+        {"tokens": 64, "warpgroups": 2, "turns": 2, "stages": 5, "depth": 3},
+        {"tokens": 64, "warpgroups": 1, "turns": 2, "stages": 7, "depth": 4},
+        {"tokens": 64, "warpgroups": 1, "turns": 4, "stages": 7, "depth": 4},
+    ),
+    128: (
+        {"tokens": 128, "warpgroups": 2, "turns": 1, "stages": 4, "depth": 4},
+        {"tokens": 128, "warpgroups": 1, "turns": 2, "stages": 5, "depth": 3},
+        {"tokens": 128, "warpgroups": 1, "turns": 2, "stages": 4, "depth": 4},
+    ),
+    256: (
+        {"tokens": 256, "warpgroups": 2, "turns": 1, "stages": 3, "depth": 2},
+        {"tokens": 128, "warpgroups": 1, "turns": 2, "stages": 4, "depth": 4},
+        {"tokens": 128, "warpgroups": 2, "turns": 1, "stages": 4, "depth": 4},
+    ),
+}
+_MOST_CLUSTER = 8  # blocks that every Hopper GPU can place together
+
+
+def wgmma_plans(product: Product) -> Iterator[Plan]:
+    """Plans of the family `wgmma` that fit, the one to take first."""
+    wide, narrow, long = next(all for most, all in _WGMMA.items() if product.m <= most)
+    few = long if product.k > _LONG else narrow
+    wanted = wide if product.n > 2 * _NARROW else few
+    split = 1
+    tiles = _up(product.n, 64 * wanted["warpgroups"]) * _up(product.m, wanted["tokens"])
+    stages = _up(product.k, 128)
+    while 2 * split * tiles <= product.multiprocessors and split < _MOST_CLUSTER:
+        if stages < 8 * split:
+            break
+        split *= 2
+    for less in range(3):
+        sizes = {**wanted, "stages": wanted["stages"] - less, "split": split}
+        sizes["depth"] = max(2, wanted["depth"] - less)
+        plan = wgmma_plan(product, **sizes)
+        if plan is not None:
+            yield plan
+
+
+def wgmma_shared(
+    product: Product, tokens: int, warpgroups: int, turns: int, stages: int, depth: int
+) -> int:
+    """Bytes of shared memory of a block."""
+    rows, words = 64 * warpgroups, 16 * product.bits
+    unit = 64 if product.bits == 8 else 32 if product.bits in (3, 4) else 16
+    stride = (_up(words, unit) | 1) * unit
+    staged = stages * 256 * tokens + depth * turns * rows * stride
+    sums = turns * tokens * (rows + 4) * _WORD
+    return max(staged, sums) + 16 * stages + 1024  # tiles begin at multiples of 1024
+
+
+def wgmma_plan(
+    product: Product,
+    *,
+    tokens: int,
+    warpgroups: int,
+    turns: int,
+    stages: int,
+    depth: int,
+    split: int,
+    pdl: bool | None = None,
+) -> Plan | None:
+    """The plan with these sizes, or None if it does not fit."""
+    shared = wgmma_shared(product, tokens, warpgroups, turns, stages, depth)
+    if shared > product.shared or stages <= turns:
+        return None
+    overlaps = (split == 1 and tokens <= 64) if pdl is None else pdl
+    tiles = _up(product.m, tokens)
+    defines = {
+        **_format(product),
+        "TOKENS": tokens,
+        "WARPGROUPS": warpgroups,
+        "TURNS": turns,
+        "BLOCKS": 2,
+        "STAGES": stages,
+        "DEPTH": depth,
+        "SPLIT": split,
+        "PDL": overlaps,
+    }
+    multipliers = 128 * warpgroups * turns
+    moves = (
+        tokens >= 192 or multipliers == 512
+    )  # registers, between groups of four warps
+    all_tokens, columns = tiles * tokens, _up(product.k, 128) * 128
+    ordered = Ordered(
+        all_tokens,
+        all_tokens * columns * 2,
+        (_up(all_tokens * columns // 16, 256), 1, 1),
+        (256, 1, 1),
+    )
+    return Plan(
+        "wgmma.cu",
+        "affine_wgmma",
+        _defines(defines),
+        (_up(product.n, 64 * warpgroups), split, tiles),
+        (multipliers + (128 if moves else 32), 1, 1),
+        shared,
+        (1, split, 1),
+        overlaps,
+        ordered,
+    )
+
+
+# ---- what all need --------------------------------------------------------------
 
 
 def _overlaps(product: Product) -> bool:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import settings
-from . import check, library, plans
+from . import check, compiler, library, plans
 from .launch import Launch
+from .launch import function as load
 from .library import Parts
 from .plans import Plan, Product
 
@@ -33,7 +34,7 @@ class Call:
 
     def __init__(
         self,
-        launch: Launch | None,
+        launch: Launch | OrderedLaunch | None,
         out: tuple[int, ...] = (),
         otherwise: Callable[..., Tensor] | None = None,
     ) -> None:
@@ -100,7 +101,7 @@ def product_of(
 
 def launch_of(
     product: Product, x: Tensor, packed: Tensor, scales: Tensor
-) -> Launch | None:
+) -> Launch | OrderedLaunch | None:
     """The launch of a product on the current device, or None if it is to be dense.
 
     It is called with the stream and the addresses of x, packed, scales, biases, bias, y
@@ -129,6 +130,22 @@ def launch_of(
     )
 
 
+class OrderedLaunch:
+    """Two launches: one puts x into the order that the other reads."""
+
+    __slots__ = ("_order", "_product", "_scratch")
+
+    def __init__(self, order: Launch, product: Launch, size: int, device: int) -> None:
+        self._order, self._product = order, product
+        self._scratch = ((size // 4,), library.device(device))
+
+    def __call__(self, stream: int, x: int, *others: int) -> None:
+        shape, device = self._scratch
+        ordered = torch.empty(shape, dtype=torch.int32, device=device)
+        self._order(stream, x, ordered.data_ptr())
+        self._product(stream, ordered.data_ptr(), *others)
+
+
 def launch(
     plan: Plan,
     product: Product,
@@ -137,14 +154,15 @@ def launch(
     scales: Tensor,
     function: int,
     device: int,
-) -> Launch:
+) -> Launch | OrderedLaunch:
     """A plan's launch. Every kernel of products has the same arguments."""
     row = row_stride(x)
     assert row is not None
     experts = packed.dim() == 3
     strides = (packed.stride(0), scales.stride(0)) if experts else (0, 0)
+    ordered = plan.ordered
     arguments = (
-        *(_POINTER, ("q", row)),
+        *(_POINTER, ("q", row if ordered is None else ordered.tokens)),
         *(_POINTER, ("q", packed.stride(-2))),
         *(_POINTER, _POINTER, ("q", scales.stride(-2))),
         *(_POINTER, _POINTER),
@@ -152,7 +170,7 @@ def launch(
         *(("q", strides[0]), ("q", strides[1])),
         *(_POINTER, ("i", product.experts)),
     )
-    return Launch(
+    made = Launch(
         function,
         device,
         plan.grid,
@@ -162,3 +180,18 @@ def launch(
         plan.cluster,
         plan.pdl,
     )
+    if ordered is None:
+        return made
+    image = compiler.image(plan.source, plan.defines, product.capability)
+    order = Launch(
+        load(image, "affine_order", device),
+        device,
+        ordered.grid,
+        ordered.block,
+        (
+            *(_POINTER, ("q", row), _POINTER),
+            *(("i", product.m), ("i", product.k), ("i", ordered.tokens)),
+        ),
+        overlap=plan.pdl,
+    )
+    return OrderedLaunch(order, made, ordered.size, device)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import layout, ops
 from .. import settings
-from . import library
+from . import fallback, library
 from .launch import Launch, Size
 from .library import TYPES, Parts, served, tidy
 
@@ -142,7 +142,7 @@ def dequantize_into(y: Tensor, parts: Parts, *, bits: int, group_size: int) -> b
     """
     function = _function("dequantize", bits, y.dtype, y.get_device())
     if function is None:
-        return False
+        return fallback.dequantize_into(y, parts, bits=bits, group_size=group_size)
     _dequantized(function, parts, None, 1, y, bits=bits, group_size=group_size)
     return True
 
