@@ -51,8 +51,7 @@ def gemv_candidates(product: Product) -> Iterator[Plan | None]:
         if warps > chunks or in_turn * warps > 1.15 * chunks:
             continue
         sizes = {"units": units, "warps": warps, "blocks": blocks, "tokens": tokens}
-        for ahead in (0, 1, 2):
-            yield plans.gemv_plan(product, **sizes, ahead=ahead)
+        yield plans.gemv_plan(product, **sizes)
 
 
 def mma_candidates(product: Product) -> Iterator[Plan | None]:

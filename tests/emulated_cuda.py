@@ -21,7 +21,7 @@ import torch
 
 from affine_tensor import ops
 from affine_tensor.kernels import cuda, settings, shaders
-from affine_tensor.kernels.cuda import compiler, launch, library
+from affine_tensor.kernels.cuda import compiler, launch, library, plans
 
 _HERE = Path(__file__).parent / "cuda_emulator"
 _FLAGS = ("-std=c++17", "-O1", "-frounding-math", "-ffp-contract=off", "-fPIC")
@@ -103,6 +103,8 @@ class EmulatedCuda:
         monkeypatch.setattr(compiler, "image", image)
         monkeypatch.setattr(cuda, "_fast_empty", None)
         monkeypatch.setattr(ops, "device_of", lambda tensor: "cuda")
+        # Instructions of Hopper's matrix unit are not emulated.
+        monkeypatch.setattr(plans, "_takes_wgmma", lambda product: False)
         monkeypatch.setattr(settings, "strict", True)
         for name, value in {
             "available": True,

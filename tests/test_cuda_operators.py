@@ -391,7 +391,7 @@ def test_blocks_of_a_launch_are_not_shared() -> None:
 
 def test_what_the_driver_is_given(emulated_cuda: EmulatedCuda) -> None:
     weight = make(4096, 1024, dtype=torch.bfloat16)
-    F.linear(randn(12, 1024, dtype=torch.bfloat16)[:9], weight[:64])
+    F.linear(randn(50, 1024, dtype=torch.bfloat16)[:40], weight[:64])
     seen = emulated_cuda.seen
     assert seen.stream == 7
     assert seen.cluster[1] in (1, 2)

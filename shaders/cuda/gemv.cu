@@ -25,7 +25,6 @@
 //   SCALE_BYTES  what the address of every row of scales is a multiple of, 16 at most
 //   TAIL      1 if K is not a multiple of a chunk
 //   GROUPED   1 if experts[m] is the expert of row m of x
-//   AHEAD     more chunks of each warp that are asked for before inputs are prepared
 //   PDL       1 if the launch overlaps the kernel before, TRIGGER where the next one may start:
 //             0 at once, 1 after the products
 
@@ -365,15 +364,6 @@ KERNEL __launch_bounds__(32 * WARPS, BLOCKS)
   if (warp < w.chunks) {
     load_chunk(rows, row_words - at, words);
     load_scales(w, tile, warp, lane, own);
-#if AHEAD
-    // Inputs keep the warp busy for a while, memory need not wait for it.
-    int later_tile = tile, later = warp;
-    for (int i = 0; i < AHEAD; ++i) {
-      later += WARPS;
-      if (later >= w.chunks) later_tile += gridDim.x, later = warp;
-      if (later_tile < tiles) prefetch_chunk(w, later_tile, later, lane);
-    }
-#endif
   }
 
   for (int i = threadIdx.x; i < PLANE_WORDS; i += 32 * WARPS) shared.zeros[i] = 0;

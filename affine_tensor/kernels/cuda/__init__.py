@@ -11,6 +11,7 @@ dense weights, made a bounded part at a time, by torch's own products.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -29,6 +30,44 @@ __all__ = ["experts", "linear", "matmul", "reset", "weights"]
 # launches: 33 MB cost 8% at 512 rows of x, nothing at 4096.
 _SCRATCH = 128 << 20
 _STEP = 256  # rows or columns: whole groups, words and tiles of every format
+
+
+class _WholeSums:
+    """Within it cuBLAS adds parts of sums up in float32, as kernels here do.
+
+    torch lets it round them to 16 bits, which then costs more than rounding the weights
+    did. The setting is the process's: whoever is the last one out puts it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = (False, False)
+
+    def __enter__(self) -> None:
+        matmul = torch.backends.cuda.matmul
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._before = (
+                    matmul.allow_fp16_reduced_precision_reduction,
+                    matmul.allow_bf16_reduced_precision_reduction,
+                )
+                self._set(False, False)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._set(*self._before)
+
+    def _set(self, half: bool, brain: bool) -> None:
+        matmul = torch.backends.cuda.matmul
+        matmul.allow_fp16_reduced_precision_reduction = half
+        matmul.allow_bf16_reduced_precision_reduction = brain
+
+
+_whole_sums = _WholeSums()
 
 # What compiled graphs allocate with, in a third of the time.
 _fast_empty = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
@@ -248,16 +287,16 @@ def _dense_linear(
         weight = dense[: len(packed)]
         if not weights.dequantize_into(weight, (packed, scales, biases), **own):
             return _reference_linear(x, parts, None, bias, form)
-        if alike:
-            _multiply_alike(
-                rows, weight, None if bias is None else bias[block], y[:, block]
-            )
-        elif step == n:
-            return F.linear(x, weight, bias)
-        elif bias is None:
-            torch.mm(rows, weight.t(), out=y[:, block])
-        else:
-            torch.addmm(bias[block], rows, weight.t(), out=y[:, block])
+        some = None if bias is None else bias[block]
+        with _whole_sums:
+            if alike:
+                _multiply_alike(rows, weight, some, y[:, block])
+            elif step == n:
+                return F.linear(x, weight, bias)
+            elif some is None:
+                torch.mm(rows, weight.t(), out=y[:, block])
+            else:
+                torch.addmm(some, rows, weight.t(), out=y[:, block])
     return y.view(*x.shape[:-1], n)
 
 
@@ -327,7 +366,8 @@ def _by_columns(x: Tensor, parts: Parts, k: int, form: Form) -> Tensor | None:
         dense = x.new_empty((n, end - start))
         if not weights.dequantize_into(dense, some, **form):
             return None
-        if y is None:
-            return x @ dense
-        torch.mm(x, dense, out=y[:, start:end])
+        with _whole_sums:
+            if y is None:
+                return x @ dense
+            torch.mm(x, dense, out=y[:, start:end])
     return y

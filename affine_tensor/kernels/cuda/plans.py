@@ -22,6 +22,7 @@ TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # Rows of x up to which the words are multiplied, rather than a dense weight.
 MOST_ROWS = 128
 MOST_WGMMA_ROWS = 256
+_MOST_EXACT_ROWS = 1024  # where dense weights would lose too much
 _MOST_FLOAT32_ROWS = 16
 _WORD = 4  # bytes
 _NARROW = 4096  # rows of W
@@ -119,7 +120,9 @@ def alignment(*bytes_: int) -> int:
 
 def choose(product: Product) -> Plan | None:
     """The kernel for a product, or None: dequantize, then cuBLAS."""
-    if product.capability < (8, 0) or 0 in (product.m, product.n, product.k):
+    if product.capability < (8, 0) or product.dtype not in TYPES:
+        return None
+    if 0 in (product.m, product.n, product.k):
         return None
     plan = None
     if _takes_gemv(product):
@@ -127,7 +130,8 @@ def choose(product: Product) -> Plan | None:
     elif _takes_wgmma(product):
         plan = next(wgmma_plans(product), None)
     # Inputs of very many columns do not fit into the shared memory that gemv has.
-    few = product.m <= MOST_ROWS or product.grouping == 2 or product.invariant
+    most = _MOST_EXACT_ROWS if _needs_sums(product) else MOST_ROWS
+    few = product.m <= most or product.grouping == 2 or product.invariant
     if plan is None and _sixteen(product) and few and product.grouping != 1:
         plan = next(mma_plans(product), None)
     return plan
@@ -140,13 +144,13 @@ def _sixteen(product: Product) -> bool:
 def _takes_gemv(product: Product) -> bool:
     if product.grouping == 1:
         return True
-    if product.grouping == 2 or product.dtype not in TYPES:
+    if product.grouping == 2:
         return False
     if product.dtype == torch.float32:
         return product.m <= _MOST_FLOAT32_ROWS or product.invariant
     if product.invariant:  # tiles of tokens all add up in the same order
         return False
-    return product.m <= 2
+    return product.m == 1
 
 
 def _takes_wgmma(product: Product) -> bool:
@@ -165,7 +169,8 @@ def _up(value: int, unit: int) -> int:
 
 # ---- gemv -----------------------------------------------------------------------
 
-_GEMV_UNITS = {1: 4, 2: 4, 3: 4, 4: 4, 5: 2, 6: 2, 8: 2}
+# In a chunk, where a block has many tiles; each lane then loads 64 words ahead at most.
+_GEMV_UNITS = {1: 8, 2: 8, 3: 8, 4: 8, 5: 4, 6: 4, 8: 4}
 
 
 def gemv_plans(product: Product) -> Iterator[Plan]:
@@ -177,25 +182,31 @@ def gemv_plans(product: Product) -> Iterator[Plan]:
 
 
 def _gemv_sizes(product: Product) -> Iterator[Sizes]:
-    units = _GEMV_UNITS[product.bits]
+    """As was fastest on an H200, with 4 bits and groups of 64."""
+    tiles = _up(product.n, 16) * (1 if product.invariant else product.m)
+    overlaps, trigger = _overlaps(product), 1
+    if tiles > 4 * product.multiprocessors:
+        # There is no time in which this kernel leaves room for the next one.
+        units, about, blocks, overlaps = _GEMV_UNITS[product.bits], 4, 3, False
+    elif product.k > _LONG:
+        units, about, blocks = 2, 10, 2
+    else:
+        units, about, blocks, trigger = 1, 16, 1, 0
+        if tiles < product.multiprocessors:
+            units = 2
     while units > 1 and product.k < 512 * units:
         units //= 2
     if product.group_size == 16 or product.scale_dtype == torch.float32:
         units = min(units, 2)  # scales on their way take registers as well
-    # Of fewer tiles than multiprocessors each gets more warps.
-    tiles = _up(product.n, 16) * (1 if product.invariant else product.m)
-    few = tiles < product.multiprocessors
-    if few:
-        units = max(1, units // 2)
-    warps = _gemv_warps(_up(product.k, 128 * units), 16 if few else 8)
+    warps = _gemv_warps(_up(product.k, 128 * units), about)
     tokens = 1
     if product.grouping == 0:
         tokens = 1 if product.m == 1 else 2 if product.m == 2 else 4
+    own = {"units": units, "warps": warps, "pdl": overlaps, "trigger": trigger}
     # With fewer tokens the inputs of more columns fit.
     while tokens:
-        most = max(1, min(32, (16 if tokens < 4 else 8) // warps))
-        for blocks in range(most, 0, -1):
-            yield {"units": units, "warps": warps, "blocks": blocks, "tokens": tokens}
+        for less in range(max(blocks, 8 // warps), 0, -1):
+            yield {**own, "blocks": less, "tokens": tokens}
         tokens //= 2
 
 
@@ -205,7 +216,7 @@ def _gemv_warps(chunks: int, about: int) -> int:
         return chunks
     choices = range(about * 3 // 4, min(16, about * 3 // 2) + 1)
     wasted = {warps: _up(chunks, warps) * warps / chunks for warps in choices}
-    return min(wasted, key=lambda warps: (round(wasted[warps], 1), abs(warps - about)))
+    return min(wasted, key=lambda warps: (wasted[warps] > 1.1, abs(warps - about)))
 
 
 def gemv_shared(product: Product, units: int, warps: int, tokens: int) -> int:
@@ -225,7 +236,6 @@ def gemv_plan(
     warps: int,
     blocks: int,
     tokens: int,
-    ahead: int = 0,
     pdl: bool | None = None,
     trigger: int = 1,
 ) -> Plan | None:
@@ -248,7 +258,6 @@ def gemv_plan(
         "SCALE_BYTES": product.scale_bytes,
         "TAIL": product.k % (128 * units) != 0,
         "GROUPED": product.grouping == 1,
-        "AHEAD": ahead,
         "PDL": overlaps,
         "TRIGGER": trigger,
     }
@@ -265,16 +274,20 @@ def gemv_plan(
 
 # ---- mma ------------------------------------------------------------------------
 
-# By rows of x up to a limit: sizes for narrow W (N <= 4096), then for wide ones. Those of
-# the prototypes that were fastest on an H200, with 4 bits and groups of 64.
+# By rows of x up to a limit: sizes for narrow W (N <= 4096), then for wide ones. Fastest on
+# an H200, with 4 bits and groups of 64 (from 32 rows on: those of prototypes).
 _MMA: dict[int, tuple[Sizes, Sizes]] = {
+    4: (
+        {"mt": 2, "wn": 1, "wk": 4, "ck": 2, "ks": 512, "stages": 2, "blocks": 2},
+        {"mt": 2, "wn": 4, "wk": 2, "ck": 1, "ks": 512, "stages": 2, "blocks": 2},
+    ),
     8: (
         {"mt": 2, "wn": 2, "wk": 4, "ck": 2, "ks": 512, "stages": 3, "blocks": 2},
         {"mt": 2, "wn": 4, "wk": 2, "ck": 1, "ks": 512, "stages": 2, "blocks": 2},
     ),
     16: (
-        {"mt": 2, "wn": 2, "wk": 4, "ck": 2, "ks": 256, "stages": 4, "blocks": 2},
-        {"mt": 4, "wn": 2, "wk": 2, "ck": 1, "ks": 256, "stages": 3, "blocks": 2},
+        {"mt": 2, "wn": 2, "wk": 4, "ck": 2, "ks": 256, "stages": 2, "blocks": 2},
+        {"mt": 4, "wn": 2, "wk": 2, "ck": 2, "ks": 256, "stages": 2, "blocks": 2},
     ),
     32: (
         {"mt": 2, "wn": 2, "wk": 4, "ck": 2, "ks": 256, "stages": 3, "blocks": 1},
@@ -303,7 +316,8 @@ def mma_plans(product: Product) -> Iterator[Plan]:
     if product.invariant:
         wanted = _INVARIANT
     else:
-        narrow, wide = next(both for most, both in _MMA.items() if 8 * nt <= most)
+        rows = product.m if nt == 1 and product.grouping == 0 else 8 * nt
+        narrow, wide = next(both for most, both in _MMA.items() if rows <= most)
         wanted = narrow if product.n <= _NARROW else wide
         if product.bits > 4 and wanted["ks"] == 512:
             wanted = {**wanted, "ks": 256}
@@ -312,7 +326,8 @@ def mma_plans(product: Product) -> Iterator[Plan]:
             wanted = {**wanted, "mt": 2, "wn": 4}
         if nt > 2 and _needs_sums(product):
             wanted = {**wanted, "mt": 1, "wn": 4, "wk": 2, "blocks": 1}
-    sums = int(_needs_sums(product) or (nt == 1 and product.group_size >= 64))
+    # Codes multiplied as they are cost nothing for few rows, and are exact.
+    sums = int(_needs_sums(product) or (nt <= 2 and product.group_size >= 64))
     if product.invariant:
         sums = int(_needs_sums(product))
     for blocks, ks, stages in itertools.product(
