@@ -28,6 +28,7 @@ class Block:
     replay: Callable[[], Any]  # calls all; gives what the last one gave
     seconds: Callable[[], float]  # of all calls together
     memory: Any = None  # where a graph writes its last result (or a list of them)
+    launch: Launch | None = None  # holds what a graph reads, which graphs do not
 
     def poisoned(self) -> Any:
         """What it computes where there was NaN before, so that nothing is left out."""
@@ -67,7 +68,7 @@ def _graph(launch: Launch, calls: int) -> Block:
         end.synchronize()
         return start.elapsed_time(end) / 1e3
 
-    return Block(calls, replay, seconds, last)
+    return Block(calls, replay, seconds, last, launch)
 
 
 def _loop(launch: Launch, calls: int) -> Block:
