@@ -45,7 +45,7 @@ def gemv_candidates(product: Product) -> Iterator[Plan | None]:
         chunks = -(-product.k // (128 * units))
         in_turn = -(-chunks // warps)
         held = warps * blocks
-        if not tokens or units * product.bits > 32 or not 8 <= held <= 24:
+        if not tokens or units * product.bits > 32 or not 8 <= held <= 32:
             continue
         # Few warps may be without a chunk in the last turn.
         if warps > chunks or in_turn * warps > 1.15 * chunks:

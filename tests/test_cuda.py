@@ -143,11 +143,27 @@ def randn(*shape: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=generator, device=DEVICE).to(dtype)
 
 
-def close(y: Tensor, wanted: Tensor, *, dense: bool = False) -> None:
-    """dense: weights were rounded before the product, which torch did."""
+def close(
+    y: Tensor,
+    wanted: Tensor,
+    about: object = "",
+    alike: int = 1,
+    roundings: float = 1.5,
+) -> None:
+    """One and a half roundings of the result, relative, in the 2-norm.
+
+    Of few results the errors do not even out: then somewhat more. So many of them have the
+    same ones: results of ``x @ W`` in one group have few different weights.
+    """
     error = float((y.double() - wanted).norm() / wanted.norm())
-    bound = BOUND[y.dtype] * (1.3 if dense else 1)
-    assert error < bound, f"the relative error is {error:.2e}"
+    if y.dtype in (torch.float32, torch.float64):
+        assert error < BOUND[y.dtype], f"{about}: the relative error is {error:.2e}"
+        return
+    one = float((wanted.to(y.dtype).double() - wanted).norm() / wanted.norm())
+    most = roundings * (1 + 3 / (y.numel() / alike) ** 0.5)
+    assert error < most * one, (
+        f"{about}: {error / one:.2f} roundings, {most:.2f} allowed"
+    )
 
 
 # ---- products -------------------------------------------------------------------
@@ -166,12 +182,14 @@ def test_products(bits: int, dtype: torch.dtype) -> None:
         bias = randn(n, dtype=dtype, seed=2) if m % 2 == 0 else None
         y = op.linear(x, *parts, None, bias, **form)
         wanted = x.double() @ dense_of(parts, bits, group_size).T
-        close(y, wanted if bias is None else wanted + bias)
+        about = (group_size, scale_dtype, m, n, k)
+        close(y, wanted if bias is None else wanted + bias, about)
         # The same again, bit for bit.
         assert torch.equal(op.linear(x, *parts, None, bias, **form), y)
         x = randn(m, n, dtype=dtype)
         y = op.matmul(x, *parts, None, **form)
-        close(y, x.double() @ dense_of(parts, bits, group_size))
+        wanted = x.double() @ dense_of(parts, bits, group_size)
+        close(y, wanted, ("matmul", *about), group_size)
 
 
 FORM = {"bits": 4, "group_size": 64, "dtype": torch.bfloat16}
@@ -190,7 +208,7 @@ def test_any_number_of_rows(m: int) -> None:
     parts = four_bits(328, k=1088)
     x = randn(m, 1088, dtype=torch.bfloat16)
     y = op.linear(x, *parts, **FORM)
-    close(y, x.double() @ dense_of(parts, 4, 64).T, dense=m > 128)
+    close(y, x.double() @ dense_of(parts, 4, 64).T)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -203,7 +221,7 @@ def test_large_weights(dtype: torch.dtype) -> None:
         for m in (1, 2, 16, 64, 256, 1000):
             x = randn(m, k, dtype=dtype)
             y = op.linear(x, *parts, **form)
-            close(y, x.double() @ dense.T, dense=m > 128)
+            close(y, x.double() @ dense.T)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -235,7 +253,7 @@ def test_operands_that_do_not_lie_side_by_side(dtype: torch.dtype) -> None:
     for m in (1, 2, 11, 150):
         x = randn(m, 192, dtype=dtype)
         y = op.linear(x, *own, **form)
-        close(y, x.double() @ dense[:, 64:256].T, dense=m > 128)
+        close(y, x.double() @ dense[:, 64:256].T)
     # Words that begin at an address that is no multiple of 16.
     moved = torch.empty(packed.numel() + 1, dtype=torch.int32, device=DEVICE)[1:]
     moved = moved.view_as(packed).copy_(packed)
@@ -254,10 +272,10 @@ def test_permuted_columns(dtype: torch.dtype) -> None:
     for m in (1, 2, 9, 150):
         x = randn(m, 256, dtype=dtype)
         y = op.linear(x, *parts, permutation, **form)
-        close(y, x.double() @ dense.T, dense=m > 128)
+        close(y, x.double() @ dense.T)
         x = randn(m, 96, dtype=dtype)
         y = op.matmul(x, *parts, permutation, **form)
-        close(y, x.double() @ dense, dense=True)
+        close(y, x.double() @ dense)
     made = op.dequantize(*parts, permutation, **{**form, "dtype": torch.float64})
     assert torch.equal(made, dense)
 
@@ -297,7 +315,7 @@ def test_dense_weights_are_made_a_part_at_a_time() -> None:
     assert peak < cuda._SCRATCH + 2 * y.nbytes + (8 << 20)
     some = slice(30000, 30100)
     own = tuple(part[some] for part in parts)
-    close(y[:, some], x.double() @ dense_of(own, 4, 64).T, dense=True)
+    close(y[:, some], x.double() @ dense_of(own, 4, 64).T)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -345,7 +363,7 @@ def test_experts(bits: int, dtype: torch.dtype, permuted: bool) -> None:
     x = randn(50, n, dtype=dtype)
     owners = torch.randint(0, count, (50,), device=DEVICE)
     y = op.grouped_matmul(x, *parts, permutation, indices=owners, **form)
-    close(y, torch.einsum("tn,tnk->tk", x.double(), dense[owners]), dense=True)
+    close(y, torch.einsum("tn,tnk->tk", x.double(), dense[owners]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -527,7 +545,7 @@ def test_what_is_first_met_in_a_capture(as_in_use: None) -> None:
             y = op.linear(x, *parts, **form)
         assert not products.calls
         graph.replay()
-        close(y, x.double() @ dense_of(parts, 5, 128).T, dense=m > 128)
+        close(y, x.double() @ dense_of(parts, 5, 128).T)
         assert torch.equal(op.linear(x, *parts, **form), y)
 
 
@@ -679,12 +697,13 @@ def test_the_reference_instead(
             for m in (1, 5, 40, 200):
                 x_own = randn(m, 320, dtype=dtype)
                 wanted = x_own.double() @ dense_of(own, bits, 32).T
-                close(op.linear(x_own, *own, **form), wanted, dense=True)
+                close(op.linear(x_own, *own, **form), wanted)
                 y = op.linear(x_own, *own, None, bias, **form)
-                close(y, wanted + bias, dense=True)
+                # torch rounds the product of odd sizes before it adds the bias.
+                close(y, wanted + bias, roundings=2.0)
         y = op.grouped_linear(x, *stacked, indices=owners, **FORM)
         dense = dense_of(stacked, 4, 64)[owners]
-        close(y, torch.einsum("tk,tnk->tn", x.double(), dense), dense=True)
+        close(y, torch.einsum("tk,tnk->tn", x.double(), dense))
         assert op.dequantize(*stacked, **FORM).shape == (4, 96, 256)
 
     assert ops.has_kernels("cuda")
@@ -713,7 +732,7 @@ def test_gradients_through_a_layer() -> None:
         gradient = randn(m, 192, dtype=torch.bfloat16, seed=3)
         F.linear(x, weight).backward(gradient)
         assert x.grad is not None
-        close(x.grad, gradient.double() @ dense, dense=True)
+        close(x.grad, gradient.double() @ dense)
 
 
 def test_greedy_tokens_of_a_model_are_those_of_the_cpu(

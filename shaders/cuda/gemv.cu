@@ -354,6 +354,14 @@ KERNEL __launch_bounds__(32 * WARPS, BLOCKS)
   w.biases += expert * scale_expert;
 #endif
 
+  // Inputs before words: they are few, wanted first, and would queue behind them.
+  OwnInputs inputs[TOKENS] = {};
+  const Input* x_rows[TOKENS];
+#pragma unroll
+  for (int m = 0; m < TOKENS; ++m) {
+    x_rows[m] = (const Input*)x_ + least(first_row + m, M - 1) * x_stride;
+    if (warp < w.chunks) load_inputs(x_rows[m], warp, K, lane, inputs[m]);
+  }
   u32 words[UNITS][2][BITS] = {};
   OwnScales own = {};
   const int row_words = (int)((i64)K * BITS / 32);
@@ -387,17 +395,12 @@ KERNEL __launch_bounds__(32 * WARPS, BLOCKS)
 
     for (int chunk = warp; chunk < w.chunks; chunk += WARPS) {
       if (opaque(tile) == blockIdx.x) {  // opaque, or all of the loop is made twice
-        OwnInputs inputs[TOKENS];
-#pragma unroll
-        for (int m = 0; m < TOKENS; ++m) {
-          const i64 row = least(first_row + m, M - 1);
-          load_inputs((const Input*)x_ + row * x_stride, chunk, K, lane, inputs[m]);
-        }
 #pragma unroll
         for (int m = 0; m < TOKENS; ++m) {
           const int unit = m * units + chunk * UNITS;
           prepare(inputs[m], lane, shared.planes + unit * PLANE_WORDS,
                   shared.worth + unit * SETS * 4, shared.zeros);
+          if (chunk + WARPS < w.chunks) load_inputs(x_rows[m], chunk + WARPS, K, lane, inputs[m]);
         }
       }
       sync_warp();

@@ -29,6 +29,7 @@ __all__ = ["experts", "linear", "matmul", "reset", "weights"]
 # Bytes of weights that are dense at a time. Smaller parts make slower products, and more
 # launches: 33 MB cost 8% at 512 rows of x, nothing at 4096.
 _SCRATCH = 128 << 20
+_MOST_TERMS = 2048  # of a sum in float32
 _STEP = 256  # rows or columns: whole groups, words and tiles of every format
 
 
@@ -280,7 +281,7 @@ def _dense_linear(
     own = {"bits": form["bits"], "group_size": form["group_size"]}
     dense = x.new_empty((step, k))
     rows, alike = x.reshape(-1, k), settings.batch_invariant
-    y = x.new_empty((0 if step == n and not alike else len(rows), n))
+    y = x.new_empty((len(rows), n))
     for start in range(0, n, step):
         block = slice(start, start + step)
         packed, scales, biases = (part[block] for part in parts)
@@ -291,13 +292,30 @@ def _dense_linear(
         with _whole_sums:
             if alike:
                 _multiply_alike(rows, weight, some, y[:, block])
-            elif step == n:
-                return F.linear(x, weight, bias)
-            elif some is None:
-                torch.mm(rows, weight.t(), out=y[:, block])
             else:
-                torch.addmm(some, rows, weight.t(), out=y[:, block])
+                _multiply(rows, weight.t(), some, y[:, block])
     return y.view(*x.shape[:-1], n)
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """y ``[M, N]`` = x ``[M, K]`` @ weight ``[K, N]`` + bias."""
+    if x.dtype == torch.float32 and x.shape[1] > _MOST_TERMS:
+        # One sum of very many terms loses more than float32 is expected to.
+        parts = zip(x.split(_MOST_TERMS, 1), weight.split(_MOST_TERMS), strict=True)
+        for number, (own, rows) in enumerate(parts):
+            if number:
+                torch.addmm(y, own, rows, out=y)
+            else:
+                torch.mm(own, rows, out=y)
+        if bias is not None:
+            y += bias
+    elif bias is None:
+        torch.mm(x, weight, out=y)
+    elif y.shape[1] % 8 and y.itemsize == 2 and y.is_cuda:
+        # Of odd sizes torch rounds the product before it adds the bias.
+        y.copy_(torch.mm(x, weight, out_dtype=torch.float32).add_(bias))
+    else:
+        torch.addmm(bias, x, weight, out=y)
 
 
 def _multiply_alike(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
@@ -357,7 +375,7 @@ def matmul(
 def _by_columns(x: Tensor, parts: Parts, k: int, form: Form) -> Tensor | None:
     packed, scales, biases = parts
     n, step = len(packed), _step(k, len(packed) * x.itemsize)
-    y = None if step == k else x.new_empty((len(x), k))
+    y = x.new_empty((len(x), k))
     for start in range(0, k, step):
         end = min(start + step, k)
         words = slice(start * form["bits"] // 32, end * form["bits"] // 32)
@@ -367,7 +385,5 @@ def _by_columns(x: Tensor, parts: Parts, k: int, form: Form) -> Tensor | None:
         if not weights.dequantize_into(dense, some, **form):
             return None
         with _whole_sums:
-            if y is None:
-                return x @ dense
-            torch.mm(x, dense, out=y[:, start:end])
+            _multiply(x, dense, None, y[:, start:end])
     return y

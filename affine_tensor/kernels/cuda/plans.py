@@ -184,16 +184,16 @@ def gemv_plans(product: Product) -> Iterator[Plan]:
 def _gemv_sizes(product: Product) -> Iterator[Sizes]:
     """As was fastest on an H200, with 4 bits and groups of 64."""
     tiles = _up(product.n, 16) * (1 if product.invariant else product.m)
-    overlaps, trigger = _overlaps(product), 1
-    if tiles > 4 * product.multiprocessors:
-        # There is no time in which this kernel leaves room for the next one.
-        units, about, blocks, overlaps = _GEMV_UNITS[product.bits], 4, 3, False
+    busy = tiles / product.multiprocessors
+    units = _GEMV_UNITS[product.bits]
+    if busy > 16:
+        units, about, blocks = units // 2, 4, 4
+    elif busy > 4:
+        about, blocks = 4, 2
     elif product.k > _LONG:
         units, about, blocks = 2, 10, 2
     else:
-        units, about, blocks, trigger = 1, 16, 1, 0
-        if tiles < product.multiprocessors:
-            units = 2
+        units, about, blocks = (1, 16, 2) if busy >= 1 else (2, 16, 1)
     while units > 1 and product.k < 512 * units:
         units //= 2
     if product.group_size == 16 or product.scale_dtype == torch.float32:
@@ -202,7 +202,7 @@ def _gemv_sizes(product: Product) -> Iterator[Sizes]:
     tokens = 1
     if product.grouping == 0:
         tokens = 1 if product.m == 1 else 2 if product.m == 2 else 4
-    own = {"units": units, "warps": warps, "pdl": overlaps, "trigger": trigger}
+    own = {"units": units, "warps": warps, "trigger": 0}
     # With fewer tokens the inputs of more columns fit.
     while tokens:
         for less in range(max(blocks, 8 // warps), 0, -1):
@@ -274,28 +274,34 @@ def gemv_plan(
 
 # ---- mma ------------------------------------------------------------------------
 
-# By rows of x up to a limit: sizes for narrow W (N <= 4096), then for wide ones. Fastest on
-# an H200, with 4 bits and groups of 64 (from 32 rows on: those of prototypes).
-_MMA: dict[int, tuple[Sizes, Sizes]] = {
+# By rows of x up to a limit: sizes for narrow W (N <= 4096), for wide ones, and for narrow
+# ones of very many columns. Fastest on an H200, with 4 bits and groups of 64 (from 32 rows
+# on: those of prototypes).
+_MMA: dict[int, tuple[Sizes, Sizes, Sizes]] = {
     4: (
         {"mt": 2, "wn": 1, "wk": 4, "ck": 2, "ks": 512, "stages": 2, "blocks": 2},
         {"mt": 2, "wn": 4, "wk": 2, "ck": 1, "ks": 512, "stages": 2, "blocks": 2},
+        {"mt": 2, "wn": 1, "wk": 4, "ck": 2, "ks": 512, "stages": 2, "blocks": 2},
     ),
     8: (
         {"mt": 2, "wn": 2, "wk": 4, "ck": 2, "ks": 512, "stages": 3, "blocks": 2},
         {"mt": 2, "wn": 4, "wk": 2, "ck": 1, "ks": 512, "stages": 2, "blocks": 2},
+        {"mt": 2, "wn": 2, "wk": 4, "ck": 2, "ks": 512, "stages": 3, "blocks": 2},
     ),
     16: (
         {"mt": 2, "wn": 2, "wk": 4, "ck": 2, "ks": 256, "stages": 2, "blocks": 2},
         {"mt": 4, "wn": 2, "wk": 2, "ck": 2, "ks": 256, "stages": 2, "blocks": 2},
+        {"mt": 2, "wn": 2, "wk": 4, "ck": 2, "ks": 256, "stages": 4, "blocks": 1},
     ),
     32: (
         {"mt": 2, "wn": 2, "wk": 4, "ck": 2, "ks": 256, "stages": 3, "blocks": 1},
         {"mt": 4, "wn": 2, "wk": 2, "ck": 1, "ks": 256, "stages": 3, "blocks": 2},
+        {"mt": 2, "wn": 2, "wk": 4, "ck": 2, "ks": 256, "stages": 3, "blocks": 1},
     ),
     64: (
         {"mt": 2, "wn": 2, "wk": 4, "ck": 2, "ks": 256, "stages": 3, "blocks": 1},
         {"mt": 4, "wn": 2, "wk": 2, "ck": 1, "ks": 256, "stages": 3, "blocks": 1},
+        {"mt": 2, "wn": 2, "wk": 4, "ck": 2, "ks": 256, "stages": 3, "blocks": 1},
     ),
 }
 # The same for all M: one order of sums.
@@ -317,8 +323,9 @@ def mma_plans(product: Product) -> Iterator[Plan]:
         wanted = _INVARIANT
     else:
         rows = product.m if nt == 1 and product.grouping == 0 else 8 * nt
-        narrow, wide = next(both for most, both in _MMA.items() if rows <= most)
-        wanted = narrow if product.n <= _NARROW else wide
+        narrow, wide, long = next(all for most, all in _MMA.items() if rows <= most)
+        few = long if product.k > _LONG else narrow
+        wanted = few if product.n <= _NARROW else wide
         if product.bits > 4 and wanted["ks"] == 512:
             wanted = {**wanted, "ks": 256}
         # What else does not fit into registers.
