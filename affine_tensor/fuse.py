@@ -41,8 +41,11 @@ def fuse_projections(
 
     Results are what they were: each row of a product is computed from the same codes
     (bit for bit where a kernel's sums do not depend on the number of rows; on a CPU they
-    do not). Of siblings that turn out to read different inputs, as in cross-attention,
-    each is multiplied alone again. `split_projections` undoes it.
+    do not), but columns of one: `.view` across the last dimension needs `.reshape`. Of
+    siblings that turn out to read different inputs, as in cross-attention, each is
+    multiplied alone again. `split_projections` undoes it. Until then, or until a forward
+    has seen that the model was moved, the old weights take their memory. A linear must not
+    be copied by `copy.copy` while it is joined: such a copy goes on with these weights.
     """
     joined = []
     for name, parent in model.named_modules():
@@ -65,8 +68,12 @@ def _alike(parent: nn.Module, group: Sequence[str]) -> Iterator[list[str]]:
     found: dict[Any, list[str]] = {}
     for name in group:
         child = parent._modules.get(name)
-        # What has been given another `forward`, by accelerate say, is left alone.
-        if type(child) is not nn.Linear or "forward" in child.__dict__:
+        if type(child) is not nn.Linear:
+            continue
+        own = child.__dict__.get("forward")
+        if isinstance(own, _Member) and own.joint.apart:
+            del child.forward
+        elif own is not None:  # of accelerate, say, or joined already
             continue
         weight, bias = child.weight, child.bias
         if not isinstance(weight, AffineQuantizedTensor) or weight.transposed:
@@ -77,6 +84,11 @@ def _alike(parent: nn.Module, group: Sequence[str]) -> Iterator[list[str]]:
     return (own for own in found.values() if len(own) > 1)
 
 
+# x, how it was multiplied, the product, and who has not asked for it yet (a bit each).
+_Waiting = tuple[Tensor, tuple[Any, ...], Tensor, int]
+_MOST_MISSED = 3
+
+
 class Joint:
     """Linears whose weights are rows of one, and a product that waits to be asked for.
 
@@ -85,28 +97,38 @@ class Joint:
     """
 
     def __init__(self, linears: list[nn.Linear]) -> None:
-        self.weight = torch.cat([linear.weight.detach() for linear in linears])
+        self.weight: Any = torch.cat([linear.weight.detach() for linear in linears])
         self.linears = linears
+        self.members: list[_Member] = []
         self.apart = False
-        self.waiting: tuple[Tensor, int | None, Tensor, int] | None = None
+        self.waiting: _Waiting | None = None
+        self.missed = 0  # products in a row that not all have asked for
         self.everybody = (1 << len(linears)) - 1
         start = 0
         for number, linear in enumerate(linears):
-            rows = slice(start, start + linear.out_features)
+            rows = slice(start, start + linear.weight.shape[0])
             linear.weight.data = self.weight[rows]
-            linear.forward = _Member(self, linear, 1 << number, rows)  # type: ignore
+            member = _Member(self, linear, 1 << number, rows)
+            linear.forward = member  # type: ignore[method-assign]
+            self.members.append(member)
             start = rows.stop
 
     def columns(self, x: Tensor, bit: int, rows: slice) -> Tensor | None:
         """``x @ W[rows].T``, or None if the linears are found to read different inputs."""
-        if self.waiting is not None:
-            of, version, y, left = self.waiting
-            if of is x and left & bit and version == _version(x):
+        waiting, mode = self.waiting, _mode(x)  # read once: threads share it
+        if waiting is not None:
+            of, in_mode, y, left = waiting
+            if of is x and left & bit and in_mode == mode:
                 left ^= bit
-                self.waiting = (of, version, y, left) if left else None
-                return y[..., rows]
-            self.part("linears that were joined read different inputs")
-            return None
+                self.waiting = (of, in_mode, y, left) if left else None
+                if not left:
+                    self.missed = 0
+                return _own(y, rows)
+            # Once it may be that somebody else's exception came between.
+            self.missed += 1
+            if self.missed >= _MOST_MISSED:
+                self.part("linears that were joined read different inputs")
+                return None
         # Joined at each call, being small: biases are trained, and set in other ways.
         biases: list[Tensor] = [
             own.bias for own in self.linears if own.bias is not None
@@ -115,13 +137,18 @@ class Joint:
             self.part("only some of the linears that were joined have a bias now")
             return None
         y = F.linear(x, self.weight, torch.cat(biases) if biases else None)
-        self.waiting = (x, _version(x), y, self.everybody ^ bit)
-        return y[..., rows]
+        if not self.apart:
+            self.waiting = (x, mode, y, self.everybody ^ bit)
+        return _own(y, rows)
 
     def part(self, why: str) -> None:
-        """Multiply apart from now on."""
+        """Multiply apart from now on, and hold no weights."""
         self.apart, self.waiting = True, None
-        log_once(f"fuse {why}", "fuse_projections is undone: %s", why)
+        self.weight, self.linears = None, []
+        for member in self.members:
+            member.forget()
+        if not torch.compiler.is_compiling():
+            log_once(f"fuse {why}", "fuse_projections is undone: %s", why)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Joint:
         return _apart()  # a copy's weights are no rows of one
@@ -132,15 +159,28 @@ class Joint:
 
 def _apart() -> Joint:
     joint = Joint.__new__(Joint)
-    joint.apart, joint.waiting = True, None
+    joint.apart, joint.waiting, joint.members = True, None, []
     return joint
 
 
-def _version(x: Tensor) -> int | None:
-    """What changes if x is written to; inference tensors do not count."""
-    if torch.compiler.is_compiling() or x.is_inference():
-        return None
-    return x._version
+def _own(y: Tensor, rows: slice) -> Tensor:
+    # Gradients: siblings that were views of one would mark each other as changed.
+    return y[..., rows].clone() if y.requires_grad else y[..., rows]
+
+
+def _mode(x: Tensor) -> tuple[Any, ...]:
+    """What a product depends on beside x: with another it is made again."""
+    kind = x.device.type
+    autocast = (
+        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    )
+    mode = (torch.is_grad_enabled(), autocast)
+    if torch.compiler.is_compiling():  # which sees one mode, and nothing in between
+        return mode
+    # What changes if x is written to (inference tensors do not count), and the stream.
+    version = None if x.is_inference() else x._version
+    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
+    return (*mode, torch.is_inference_mode_enabled(), version, stream)
 
 
 class _Member:
@@ -148,7 +188,7 @@ class _Member:
 
     def __init__(self, joint: Joint, linear: nn.Linear, bit: int, rows: slice) -> None:
         self.joint = joint
-        self.linear: Any = linear
+        self.linear = linear
         self.bit = bit
         self.rows = rows
         # Whoever has others instead, from `.to` or a checkpoint, is not joined any more.
@@ -177,3 +217,11 @@ class _Member:
             and weight.scales is self.scales
             and weight._dtype is self.dtype
         )
+
+    def forget(self) -> None:
+        """Hold no weight."""
+        self.weight = self.packed = self.scales = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is apart, and has no use for them.
+        return self.__dict__ | {"weight": None, "packed": None, "scales": None}

@@ -137,3 +137,31 @@ def test_sums_of_invariant_products_are_alike(n: int, dtype: torch.dtype) -> Non
         own = dict(plan.defines)
         orders.add((plan.entry, *(own.get(name) for name in names)))
     assert len(orders) == 1
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda d: f"sm_{d[0][0]}{d[0][1]}")
+@pytest.mark.parametrize("bits", layout.BITS)
+def test_invariant_products_never_change_kernels(bits: int, device: tuple) -> None:
+    capability, multiprocessors, shared = device
+    for group, scales in itertools.product(
+        layout.GROUP_SIZES, (torch.bfloat16, torch.float32)
+    ):
+        entries = set()
+        for m in (1, 16, 48, 49, 64, 200, 3000):
+            product = Product(
+                m=m,
+                n=4096,
+                k=columns(bits, group, 4096),
+                bits=bits,
+                group_size=group,
+                dtype=torch.bfloat16,
+                scale_dtype=scales,
+                invariant=True,
+                capability=capability,
+                multiprocessors=multiprocessors,
+                shared=shared,
+            )
+            plan = plans.choose(product)
+            own = dict(plan.defines) if plan else {}
+            entries.add((plan and plan.entry, own.get("KS"), own.get("WK")))
+        assert len(entries) == 1, (group, scales)

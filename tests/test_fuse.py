@@ -244,8 +244,9 @@ def test_other_weights_are_used_and_said(caplog: Any) -> None:
     assert torch.equal(model(x), want)
     assert "call it again" in caplog.text
     assert model.q_proj.__dict__["forward"].joint.waiting is None
-    split_projections(model)
-    assert fuse_projections(model)
+    member = model.q_proj.__dict__["forward"]
+    assert member.joint.weight is member.weight is member.packed is None
+    assert fuse_projections(model) == ["+".join(ATTENTION)]
     assert torch.equal(model(x), want)
 
 
@@ -273,7 +274,8 @@ def test_different_inputs_are_multiplied_apart(
     x, other = torch.randn(2, 64), torch.randn(2, 64)
     expected = model(x, other)
     fuse_projections(model)
-    assert torch.equal(model(x, other), expected)
+    for _ in range(3):
+        assert torch.equal(model(x, other), expected)
     assert "different inputs" in caplog.text
     products.clear()
     assert torch.equal(model(x, other), expected)
@@ -346,3 +348,78 @@ def test_names_may_be_given() -> None:
     quantize_(model)
     assert fuse_projections(model) == []
     assert fuse_projections(model, [("a", "b")]) == ["a+b"]
+
+
+def test_each_way_of_computing_has_a_product_of_its_own() -> None:
+    model = _attention()
+    fuse_projections(model)
+    x = torch.randn(2, 64, requires_grad=True)
+    with torch.no_grad():
+        model.q_proj(x)
+    assert model.k_proj(x).requires_grad
+    model.q_proj(x), model.v_proj(x)
+    x = torch.randn(2, 64)
+    with torch.inference_mode():
+        model.q_proj(x)
+    assert not model.k_proj(x).is_inference()
+    model.q_proj(x), model.v_proj(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.q_proj(x)
+    assert model.k_proj(x).dtype == torch.float32
+
+
+@torch.no_grad()
+def test_weights_of_other_sizes_than_their_linears_say() -> None:
+    model = _attention()
+    new = AffineQuantizedTensor.from_dense(torch.randn(64, 64))
+    model.q_proj.weight = nn.Parameter(new, requires_grad=False)
+    x = torch.randn(2, 64)
+    expected = [nn.functional.linear(x, getattr(model, n).weight) for n in ATTENTION]
+    fuse_projections(model)
+    for name, want in zip(ATTENTION, expected, strict=True):
+        assert torch.equal(getattr(model, name)(x), want)
+
+
+@torch.no_grad()
+def test_an_exception_in_between_undoes_nothing() -> None:
+    model = _attention()
+    fuse_projections(model)
+    x = torch.randn(2, 64)
+    expected = model(x)
+    for _ in range(5):
+        model.q_proj(torch.randn(2, 64))  # and then something raises
+        assert torch.equal(model(x), expected)
+    assert not model.q_proj.__dict__["forward"].joint.apart
+
+
+def test_siblings_may_be_changed_in_place_in_training() -> None:
+    model = _attention()
+    fuse_projections(model)
+    x = torch.randn(2, 64, requires_grad=True)
+    q, k = model.q_proj(x), model.k_proj(x)
+    made = q.sin()
+    k.mul_(2)
+    (made.sum() + k.sum()).backward()
+    assert x.grad is not None
+
+
+@torch.no_grad()
+def test_a_pickle_holds_no_joined_weights() -> None:
+    model = _attention()
+    alone = len(pickle.dumps(model))
+    fuse_projections(model)
+    held = model.q_proj.weight.nbytes
+    split = len(pickle.dumps(copy.deepcopy(model)))
+    assert split < alone + held
+
+
+@torch.no_grad()
+def test_different_inputs_compile() -> None:
+    model = _attention()
+    x, other = torch.randn(2, 64), torch.randn(2, 64)
+    expected = model(x, other)
+    fuse_projections(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model)
+    for _ in range(5):
+        torch.testing.assert_close(compiled(x, other), expected, rtol=1e-5, atol=1e-5)

@@ -173,6 +173,10 @@ DEVICE void wait_copies() {
 
 // ---- what Hopper added ----------------------------------------------------------
 
+#if PDL && defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#error "only sm_90 and later wait for the kernel before; another launch must not overlap it"
+#endif
+
 #if __CUDA_ARCH__ >= 900
 // Until the kernel before has ended. What it wrote may be read from here on, not earlier.
 DEVICE void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }

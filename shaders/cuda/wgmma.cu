@@ -41,6 +41,7 @@ constexpr int SUMS = ROWS + 4;  // floats from one token's sums to the next one'
 KERNEL affine_order(const u16* x, i64 stride, u32* ordered, int m, int k, int tokens) {
   if constexpr (PDL) wait_for_kernel_before();
   if constexpr (PDL) let_next_kernel_start();
+  x = now(x);
   const int place = blockIdx.x * blockDim.x + threadIdx.x;
   const int t = place & 3, token = (place >> 2) % tokens, block = (place >> 2) / tokens;
   const int filled = (k + COLUMNS - 1) / COLUMNS * BLOCKS;

@@ -40,32 +40,34 @@ class _WholeSums:
     did. The setting is the process's: whoever is the last one out puts it back.
     """
 
+    _NAMES = (
+        "allow_fp16_reduced_precision_reduction",
+        "allow_bf16_reduced_precision_reduction",
+    )
+
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._inside = 0
-        self._before = (False, False)
+        self._before: dict[str, Any] = {}
 
     def __enter__(self) -> None:
         matmul = torch.backends.cuda.matmul
         with self._lock:
             self._inside += 1
             if self._inside == 1:
-                self._before = (
-                    matmul.allow_fp16_reduced_precision_reduction,
-                    matmul.allow_bf16_reduced_precision_reduction,
-                )
-                self._set(False, False)
+                for name in self._NAMES:
+                    # Whether sums are split is a second one, since torch 2.10.
+                    split = getattr(matmul, f"{name}_split_k", None)
+                    allowed = getattr(matmul, name)
+                    self._before[name] = allowed if split is None else (allowed, split)
+                    setattr(matmul, name, False if split is None else (False, split))
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._inside -= 1
             if self._inside == 0:
-                self._set(*self._before)
-
-    def _set(self, half: bool, brain: bool) -> None:
-        matmul = torch.backends.cuda.matmul
-        matmul.allow_fp16_reduced_precision_reduction = half
-        matmul.allow_bf16_reduced_precision_reduction = brain
+                for name, value in self._before.items():
+                    setattr(torch.backends.cuda.matmul, name, value)
 
 
 _whole_sums = _WholeSums()

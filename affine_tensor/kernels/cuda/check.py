@@ -19,7 +19,7 @@ from .plans import Plan, Product
 Run = Callable[..., None]
 
 _ROWS = 256  # of W; tiles of all plans divide it
-_TOKENS = 64  # of x, the same
+_TOKENS = 64  # of x; where a plan's tiles have more, as many
 _EXPERTS = 3
 
 
@@ -61,7 +61,7 @@ def smaller(plan: Plan, product: Product) -> tuple[Plan, Product]:
     small = replace(
         product,
         n=_as_even(product.n, _ROWS),
-        m=_as_even(product.m, _TOKENS),
+        m=_as_even(product.m, max(_TOKENS, dict(plan.defines).get("TOKENS", 0))),
         experts=experts,
     )
     # The planner of the family gets the sizes that the definitions name.

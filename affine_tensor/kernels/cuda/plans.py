@@ -304,6 +304,7 @@ _MMA: dict[int, tuple[Sizes, Sizes, Sizes]] = {
         {"mt": 2, "wn": 2, "wk": 4, "ck": 2, "ks": 256, "stages": 3, "blocks": 1},
     ),
 }
+_TOKEN_TILES = (1, 2, 3, 4, 6, 8)  # that there are kernels for
 # The same for all M: one order of sums.
 _INVARIANT: Sizes = {
     "mt": 2,
@@ -318,7 +319,14 @@ _INVARIANT: Sizes = {
 
 def mma_plans(product: Product) -> Iterator[Plan]:
     """Plans of the family `mma` that fit, the one to take first."""
-    nt = token_tiles(product)
+    most = token_tiles(product)
+    yield from _mma_plans(product, most)
+    if product.invariant:  # sums do not depend on how many tokens a block has
+        for nt in sorted((nt for nt in _TOKEN_TILES if nt < most), reverse=True):
+            yield from _mma_plans(product, nt)
+
+
+def _mma_plans(product: Product, nt: int) -> Iterator[Plan]:
     if product.invariant:
         wanted = _INVARIANT
     else:
@@ -356,7 +364,7 @@ def token_tiles(product: Product) -> int:
     if product.grouping == 2:
         rows = _up(rows, max(1, product.experts))
     tiles = _up(_up(rows, 8), _up(rows, 64))
-    return next(nt for nt in (1, 2, 3, 4, 6, 8) if nt >= tiles)
+    return next(nt for nt in _TOKEN_TILES if nt >= tiles)
 
 
 def _needs_sums(product: Product) -> bool:

@@ -6,6 +6,7 @@ What is found for one combination of shapes, strides, dtypes and settings is kep
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -130,6 +131,16 @@ def launch_of(
     )
 
 
+@cache
+def _order(source: str, defines: Any, capability: tuple[int, int], device: int) -> int:
+    return load(compiler.image(source, defines, capability), "affine_order", device)
+
+
+def _order_function(plan: Plan, capability: tuple[int, int], device: int) -> int:
+    """The kernel of a plan's source that puts x into order: looked for once."""
+    return _order(plan.source, plan.defines, capability, device)
+
+
 class OrderedLaunch:
     """Two launches: one puts x into the order that the other reads."""
 
@@ -182,9 +193,8 @@ def launch(
     )
     if ordered is None:
         return made
-    image = compiler.image(plan.source, plan.defines, product.capability)
     order = Launch(
-        load(image, "affine_order", device),
+        _order_function(plan, product.capability, device),
         device,
         ordered.grid,
         ordered.block,
