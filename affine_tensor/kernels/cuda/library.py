@@ -13,10 +13,10 @@ from torch import Tensor
 from ... import layout, ops
 from ...tensor import log_once, logger
 from .. import KernelError, settings
-from . import compiler, launch
+from . import compiler, launch, plans
 
-# As shaders/cuda/machine.cuh and values.cuh number them.
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+# As values.cuh numbers them: products have no float64.
+TYPES = {**plans.TYPES, torch.float64: 3}
 
 _WORDS = (torch.int32, torch.uint32)
 

@@ -17,6 +17,7 @@ import torch
 Size = tuple[int, int, int]
 Sizes = dict[str, Any]  # integers, by name
 
+# As shaders/cuda/machine.cuh numbers them.
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 # Rows of x up to which the words are multiplied, rather than a dense weight.
@@ -105,9 +106,6 @@ class Plan:
     cluster: Size = (1, 1, 1)
     pdl: bool = False
     ordered: Ordered | None = None
-
-    def __getitem__(self, name: str) -> int:
-        return dict(self.defines)[name]
 
 
 def alignment(*bytes_: int) -> int:
@@ -274,36 +272,32 @@ def gemv_plan(
 
 # ---- mma ------------------------------------------------------------------------
 
-# By rows of x up to a limit: sizes for narrow W (N <= 4096), for wide ones, and for narrow
-# ones of very many columns. Fastest on an H200, with 4 bits and groups of 64 (from 32 rows
-# on: those of prototypes).
-_MMA: dict[int, tuple[Sizes, Sizes, Sizes]] = {
+# By rows of x up to a limit: sizes for narrow W (N <= 4096), then for wide ones. Fastest on
+# an H200, with 4 bits and groups of 64 (from 32 rows on: those of prototypes).
+_MMA: dict[int, tuple[Sizes, Sizes]] = {
     4: (
         {"mt": 2, "wn": 1, "wk": 4, "ck": 2, "ks": 512, "stages": 2, "blocks": 2},
         {"mt": 2, "wn": 4, "wk": 2, "ck": 1, "ks": 512, "stages": 2, "blocks": 2},
-        {"mt": 2, "wn": 1, "wk": 4, "ck": 2, "ks": 512, "stages": 2, "blocks": 2},
     ),
     8: (
         {"mt": 2, "wn": 2, "wk": 4, "ck": 2, "ks": 512, "stages": 3, "blocks": 2},
         {"mt": 2, "wn": 4, "wk": 2, "ck": 1, "ks": 512, "stages": 2, "blocks": 2},
-        {"mt": 2, "wn": 2, "wk": 4, "ck": 2, "ks": 512, "stages": 3, "blocks": 2},
     ),
     16: (
         {"mt": 2, "wn": 2, "wk": 4, "ck": 2, "ks": 256, "stages": 2, "blocks": 2},
         {"mt": 4, "wn": 2, "wk": 2, "ck": 2, "ks": 256, "stages": 2, "blocks": 2},
-        {"mt": 2, "wn": 2, "wk": 4, "ck": 2, "ks": 256, "stages": 4, "blocks": 1},
     ),
     32: (
         {"mt": 2, "wn": 2, "wk": 4, "ck": 2, "ks": 256, "stages": 3, "blocks": 1},
         {"mt": 4, "wn": 2, "wk": 2, "ck": 1, "ks": 256, "stages": 3, "blocks": 2},
-        {"mt": 2, "wn": 2, "wk": 4, "ck": 2, "ks": 256, "stages": 3, "blocks": 1},
     ),
     64: (
         {"mt": 2, "wn": 2, "wk": 4, "ck": 2, "ks": 256, "stages": 3, "blocks": 1},
         {"mt": 4, "wn": 2, "wk": 2, "ck": 1, "ks": 256, "stages": 3, "blocks": 1},
-        {"mt": 2, "wn": 2, "wk": 4, "ck": 2, "ks": 256, "stages": 3, "blocks": 1},
     ),
 }
+# What narrow W of very many columns have otherwise.
+_MMA_LONG: dict[int, Sizes] = {16: {"stages": 4, "blocks": 1}}
 _TOKEN_TILES = (1, 2, 3, 4, 6, 8)  # that there are kernels for
 # The same for all M: one order of sums.
 _INVARIANT: Sizes = {
@@ -331,9 +325,11 @@ def _mma_plans(product: Product, nt: int) -> Iterator[Plan]:
         wanted = _INVARIANT
     else:
         rows = product.m if nt == 1 and product.grouping == 0 else 8 * nt
-        narrow, wide, long = next(all for most, all in _MMA.items() if rows <= most)
-        few = long if product.k > _LONG else narrow
-        wanted = few if product.n <= _NARROW else wide
+        most = next(most for most in _MMA if rows <= most)
+        narrow, wide = _MMA[most]
+        wanted = narrow if product.n <= _NARROW else wide
+        if product.n <= _NARROW and product.k > _LONG:
+            wanted = {**wanted, **_MMA_LONG.get(most, {})}
         if product.bits > 4 and wanted["ks"] == 512:
             wanted = {**wanted, "ks": 256}
         # What else does not fit into registers.

@@ -133,12 +133,8 @@ def launch_of(
 
 @cache
 def _order(source: str, defines: Any, capability: tuple[int, int], device: int) -> int:
+    """The kernel of a product's source that puts x into order."""
     return load(compiler.image(source, defines, capability), "affine_order", device)
-
-
-def _order_function(plan: Plan, capability: tuple[int, int], device: int) -> int:
-    """The kernel of a plan's source that puts x into order: looked for once."""
-    return _order(plan.source, plan.defines, capability, device)
 
 
 class OrderedLaunch:
@@ -194,7 +190,7 @@ def launch(
     if ordered is None:
         return made
     order = Launch(
-        _order_function(plan, product.capability, device),
+        _order(plan.source, plan.defines, product.capability, device),
         device,
         ordered.grid,
         ordered.block,
