@@ -23,9 +23,9 @@ from cpu_contestants import (
 from cpu_products import WRONG
 from cuda_contestants import (
     FAILURES,
-    reason_of,
     tinygemm_operands,
     tinygemm_product,
+    told,
 )
 from cuda_products import Setting
 from torch import Tensor
@@ -131,7 +131,7 @@ def measure(setting: Setting, shapes: Shapes, found: dict[str, Any]) -> None:
                 members, size = _members(name, how, shapes, setting.kind)
                 block, worst = _ready(name, members, setting.kind)
             except FAILURES as error:
-                found["missing"][f"{name}, {how}"] = reason_of(error)
+                found["missing"][f"{name}, {how}"] = told(error)
                 continue
             blocks[name, how] = block
             about[name, how] = {"linears": len(members), "bytes": size, "error": worst}

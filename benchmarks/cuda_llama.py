@@ -81,10 +81,9 @@ def dense(folder: Path, kind: str) -> Any:
 def tinygemm(folder: Path, kind: str) -> Any:
     """Every nn.Linear multiplies as torchao's tinygemm does, with the same codes."""
     model = ours(folder, kind)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear):
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, TinyGemm(module))
+    for name, module in _linears(model):
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, TinyGemm(module))
     affine_tensor.dequantize_(model, progress=False)  # the embedding
     return model
 
@@ -94,14 +93,9 @@ class TinyGemm(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        weight = linear.weight
-        if not isinstance(weight, AffineQuantizedTensor) or linear.bias is not None:
-            raise Missing(f"{linear} is not packed, or has a bias")
-        parts = (weight._packed, weight.scales, weight.biases)
-        about = Weight(*weight.shape, weight.bits, weight.group_size, weight.dtype)
-        self.words, self.scales = tinygemm_operands(about, parts)
-        self.group_size = weight.group_size
-        self.product = tinygemm_product(weight.device.type)
+        self.words, self.scales = _operands(linear)
+        self.group_size = GROUP
+        self.product = tinygemm_product(self.words.device.type)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).contiguous()  # it takes no others
@@ -109,17 +103,48 @@ class TinyGemm(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
 
+def _linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    found = model.named_modules()
+    return [(name, module) for name, module in found if isinstance(module, nn.Linear)]
+
+
+def _operands(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Words and scales of tinygemm, of a packed nn.Linear."""
+    weight = linear.weight
+    if not isinstance(weight, AffineQuantizedTensor) or linear.bias is not None:
+        raise Missing(f"{linear} is not packed, or has a bias")
+    parts = (weight._packed, weight.scales, weight.biases)
+    about = Weight(*weight.shape, weight.bits, weight.group_size, weight.dtype)
+    return tinygemm_operands(about, parts)
+
+
 def torchao(folder: Path, kind: str) -> Any:
-    """Its own quantization of the dense model; on a CPU it has no such packing."""
+    """Its `quantize_`, whose tensors then get the file's codes: all compute the same.
+
+    Of its own it would have those of a weight that was quantized twice.
+    """
     try:
         from torchao.quantization import Int4WeightOnlyConfig
         from torchao.quantization import quantize_ as quantize
     except ImportError as error:
         raise Missing("not installed") from error
-    model = dense(folder, kind)
-    packing = "tile_packed_to_4d"
+    if kind != "cuda":
+        raise Missing("it has its tinygemm on NVIDIA GPUs only")
+    model = ours(folder, kind)
+    given = {name: _operands(linear) for name, linear in _linears(model)}
+    affine_tensor.dequantize_(model, progress=False)
+    packing = "tile_packed_to_4d"  # others need libraries that PyPI does not have
     quantize(model, Int4WeightOnlyConfig(GROUP, int4_packing_format=packing))
+    for name, (words, scales) in given.items():
+        own: Any = model.get_submodule(name).weight
+        if own.qdata.shape != words.shape or own.scale_and_zero.shape != scales.shape:
+            raise Missing(f"it pads {name}: {tuple(own.shape)}")
+        own.qdata.copy_(words)
+        own.scale_and_zero.copy_(scales)
     return model
+
+
+LIMIT = 0.2  # relative L2 of logits; a wrong kernel is off by about 1.4
 
 
 @dataclass(frozen=True)
@@ -128,7 +153,7 @@ class Entry:
 
     label: str
     load: Callable[[Path, str], Any]
-    limit: float = 0.2  # relative L2 of logits; a wrong kernel is off by about 1.4
+    limit: float = LIMIT
 
     @property
     def ours(self) -> bool:
@@ -140,8 +165,7 @@ ENTRIES = {
     "ours-fused": Entry("ours, fused projections", fused),
     "transformers": Entry("transformers bf16", dense),
     "tinygemm": Entry("tinygemm", tinygemm),
-    # It has codes of its own: those of a weight that was quantized twice.
-    "torchao": Entry("torchao int4", torchao, limit=0.5),
+    "torchao": Entry("torchao int4 (tinygemm)", torchao),
 }
 
 

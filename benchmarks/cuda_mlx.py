@@ -1,88 +1,151 @@
-"""mlx-lm with the checkpoint of `cuda_models.py`, on a GPU where MLX knows one."""
+"""mlx-lm with the checkpoint of `cuda_models.py`, on a GPU where MLX knows one.
+
+Its own loops are timed: `generate_step` of one sequence, `BatchGenerator` of several.
+"""
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import cuda_llama
+import cuda_runs
 import torch
 from cpu_contestants import Missing
-from cuda_runs import TRIAL
-from peers_files import Size
+from cuda_runs import TRIAL, Run
+from torch import Tensor
 
 
-def measure(
-    folder: Path, size: Size, kind: str, options: argparse.Namespace
-) -> dict[str, Any]:
-    """As the other contestants are measured, with its own loop; "logits" to check."""
+def load(run: Run) -> Any:
+    """Its model, with all weights on the device."""
     try:
         import mlx.core as mx
-        from mlx_lm.utils import load_model
     except ImportError as error:
         raise Missing("not installed") from error
-    if kind == "cuda" and mx.default_device() == mx.Device(mx.cpu):
+    if run.kind == "cuda" and mx.default_device() == mx.Device(mx.cpu):
         raise Missing("the MLX that is installed knows no GPU")
-    device = mx.Device(mx.gpu if kind == "cuda" else mx.cpu)
-    mx.set_default_device(device)
-    start = time.perf_counter()
-    model, _config = load_model(folder)
+    # Before mlx-lm picks a stream.
+    mx.set_default_device(mx.Device(mx.gpu if run.kind == "cuda" else mx.cpu))
+    try:
+        from mlx_lm.utils import load_model
+    except ImportError as error:
+        raise Missing("mlx-lm is not installed") from error
+    model, _config = load_model(run.folder)
     mx.eval(model.parameters())
-    taken = time.perf_counter() - start
+    return model
+
+
+def decode(run: Run, result: dict[str, Any], model: Any, batch: int) -> list[float]:
+    """Tokens a second of all sequences, in each round."""
+    _check(run, result, model, batch)
+    size = run.size
+    ids = [cuda_llama.sequence(size, i % 2, size.prompt) for i in range(batch)]
+
+    def once() -> float:
+        if batch == 1:
+            times = _one(model, ids[0], size.new)
+        else:
+            times = _several(model, ids, size.new)
+        return times[-1] - times[1]  # the first is the start
+
+    once()
+    taken = cuda_runs.repeated(once, run.options.rounds)
+    return [batch * (size.new - 1) / seconds for seconds in taken]
+
+
+def prefill(run: Run, result: dict[str, Any], model: Any, length: int) -> list[float]:
+    """Tokens a second until the first new one, in each round."""
+    ids = cuda_llama.sequence(run.size, 0, length)
+
+    def once() -> float:
+        start, first = _one(model, ids, 1)
+        return first - start
+
+    once()
+    return [length / each for each in cuda_runs.repeated(once, run.options.rounds)]
+
+
+def _check(run: Run, result: dict[str, Any], model: Any, batch: int) -> None:
+    """Compare logits of a prompt and of tokens that follow with float64."""
+    import mlx.core as mx
+    from mlx_lm.models.cache import make_prompt_cache
+
     prompt, new = TRIAL
-    ids = cuda_llama.sequence(size, 0, prompt + new - 1)
-    logits = model(mx.array([ids]))[:, -new:].astype(mx.float32)
-    speeds, peaks = {}, {}
-    for what, length, count in _measurements(size, options):
-        mx.reset_peak_memory()
-        times = [_times(model, size, length, count) for _ in range(options.rounds + 1)]
-        own = [
-            length / first if count == 1 else (count - 1) / rest
-            for first, rest in times[1:]  # the first is to warm up
-        ]
-        peaks[what] = mx.get_peak_memory()
-        speeds[what] = {
-            "median": statistics.median(own),
-            "least": min(own),
-            "most": max(own),
-            "values": own,
-        }
-    return {
-        "name": "mlx-lm",
-        "label": "mlx-lm",
-        "logits": torch.tensor(logits.tolist()),
-        "load_seconds": taken,
-        "load_peak_bytes": None,
-        "held_bytes": mx.get_active_memory(),
-        "speeds": speeds,
-        "peaks": peaks,
-        "notes": [],
-    }
+    ids = mx.array(
+        [cuda_llama.sequence(run.size, i % 2, sum(TRIAL)) for i in range(batch)]
+    )
+    cache = make_prompt_cache(model)
+    rows = [model(ids[:, :prompt], cache=cache)[:, -1]]
+    for place in range(prompt, prompt + new - 1):
+        rows.append(model(ids[:, place : place + 1], cache=cache)[:, -1])
+    logits = _tensor(mx.stack(rows, 1).astype(mx.float32))
+    expected = [cuda_runs.given_logits(run, i) for i in range(2)]
+    cuda_runs.accept(result, f"batch {batch}", logits, expected)
 
 
-def _measurements(
-    size: Size, options: argparse.Namespace
-) -> list[tuple[str, int, int]]:
-    """What is measured, tokens to read, and how many to make."""
-    prefills = size.prefills if options.prefills is None else options.prefills
-    found = [(f"prefill {length}", length, 1) for length in prefills]
-    if 1 in options.batches:
-        found.insert(0, ("decode, batch 1", size.prompt, size.new))
-    return found
+def _tensor(array: Any) -> Tensor:
+    return torch.frombuffer(bytearray(memoryview(array)), dtype=torch.float32).view(
+        *array.shape
+    )
 
 
-def _times(model: Any, size: Size, length: int, count: int) -> tuple[float, float]:
-    """Seconds until the first token, and from there to the last."""
+def _one(model: Any, ids: list[int], new: int) -> list[float]:
+    """When it started, and when each token was there."""
     import mlx.core as mx
     from mlx_lm.generate import generate_step
 
-    ids = mx.array(cuda_llama.sequence(size, 0, length))
-    start, times = time.perf_counter(), []
-    for token, _ in generate_step(ids, model, max_tokens=count):
+    given = mx.array(ids)
+    mx.eval(given)
+    times = [time.perf_counter()]
+    for token, _ in generate_step(given, model, max_tokens=new):
         int(token)
         times.append(time.perf_counter())
+    mx.synchronize()  # it has begun one token more
+    return times
+
+
+def _several(model: Any, ids: list[list[int]], new: int) -> list[float]:
+    """The same of sequences together: when each had its token."""
+    import mlx.core as mx
+    from mlx_lm.generate import BatchGenerator
+
+    count = len(ids)
+    own = BatchGenerator(
+        model,
+        max_tokens=new,
+        completion_batch_size=count,
+        prefill_batch_size=count,
+    )
+    times = [time.perf_counter()]
+    own.insert(ids)
+    while made := own.next_generated():
+        if len(made) != count:
+            raise RuntimeError(f"{len(made)} of {count} sequences in a step")
+        times.append(time.perf_counter())
+    own.close()
     mx.synchronize()
-    return times[0] - start, times[-1] - times[0]
+    return times
+
+
+# ---- memory ----------------------------------------------------------------------
+
+
+def reset_peak() -> None:
+    """Count from here, without what MLX keeps to take again."""
+    import mlx.core as mx
+
+    mx.clear_cache()
+    mx.reset_peak_memory()
+
+
+def peak() -> int:
+    """Bytes that were in use, at the most since it was reset."""
+    import mlx.core as mx
+
+    return int(mx.get_peak_memory())
+
+
+def held() -> int:
+    import mlx.core as mx
+
+    return int(mx.get_active_memory())

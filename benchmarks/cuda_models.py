@@ -26,7 +26,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cuda_llama
 import cuda_machine
@@ -161,7 +161,8 @@ def _forget() -> None:
 
 def _contestant(name: str, run: Run) -> dict[str, Any]:
     entry, kind = ENTRIES[name], run.kind
-    _reset_peak(kind)
+    memory = torchs(kind)
+    memory.reset_peak()
     start = time.perf_counter()
     with torch.no_grad():
         model = entry.load(run.folder, kind)
@@ -170,14 +171,14 @@ def _contestant(name: str, run: Run) -> dict[str, Any]:
         "name": name,
         "label": entry.label,
         "load_seconds": time.perf_counter() - start,
-        "load_peak_bytes": _peak(kind),
+        "load_peak_bytes": memory.peak(),
         "errors": {},
         "speeds": {},
         "peaks": {},
         "notes": [],
     }
     _forget()
-    result["held_bytes"] = _held(kind)
+    result["held_bytes"] = memory.held()
     if "graph" in run.options.ways:
         for batch in run.options.batches:
             _attempt(
@@ -211,13 +212,15 @@ def _attempt(
     take: Callable[..., list[float]],
     model: Any,
     number: int,
+    memory: Memory | None = None,
 ) -> None:
     """One measurement's tokens a second and peak memory; a note where there is none."""
     if run.late:
         result["notes"].append(f"{what}: the time limit was reached")
         return
+    memory = memory or torchs(run.kind)
     start = time.perf_counter()
-    _reset_peak(run.kind)
+    memory.reset_peak()
     try:
         speeds = take(run, result, model, number)
     except Wrong:
@@ -228,7 +231,7 @@ def _attempt(
         return
     finally:
         _say(f"  {what}: {time.perf_counter() - start:.1f} s")
-    result["peaks"][what] = _peak(run.kind)
+    result["peaks"][what] = memory.peak()
     result["speeds"][what] = {
         "median": statistics.median(speeds),
         "least": min(speeds),
@@ -242,31 +245,49 @@ def _attempt(
 
 
 def _of_mlx(run: Run) -> dict[str, Any]:
-    """Its own loop, one sequence."""
+    """The checkpoint in mlx-lm, by its own loops."""
     peer = importlib.import_module("cuda_mlx")
-    found: dict[str, Any] = peer.measure(run.folder, run.size, run.kind, run.options)
-    logits = found.pop("logits")
-    found["errors"] = {
-        "batch 1": cuda_llama.error_of(logits, [cuda_runs.given_logits(run, 0)])
+    start = time.perf_counter()
+    model = peer.load(run)
+    memory = Memory(peer.reset_peak, peer.peak, peer.held)
+    result: dict[str, Any] = {
+        "name": MLX,
+        "label": MLX,
+        "load_seconds": time.perf_counter() - start,
+        "load_peak_bytes": memory.peak(),
+        "held_bytes": memory.held(),
+        "errors": {},
+        "speeds": {},
+        "peaks": {},
+        "notes": [],
     }
-    return found
+    for batch in run.options.batches:
+        what = f"decode, batch {batch}"
+        _attempt(run, result, what, peer.decode, model, batch, memory)
+    for length in _prefills(run):
+        what = f"prefill {length}"
+        _attempt(run, result, what, peer.prefill, model, length, memory)
+    return result
 
 
 # ---- memory and ratios ----------------------------------------------------------
 
 
-def _reset_peak(kind: str) -> None:
-    if kind == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+class Memory(NamedTuple):
+    """Of a library: its bytes on the device, where it knows them."""
+
+    reset_peak: Callable[[], None]
+    peak: Callable[[], int | None]  # at the most since it was reset
+    held: Callable[[], int | None]
 
 
-def _peak(kind: str) -> int | None:
-    """Bytes of tensors on the GPU, at the most since it was reset; None on a CPU."""
-    return torch.cuda.max_memory_allocated() if kind == "cuda" else None
-
-
-def _held(kind: str) -> int | None:
-    return torch.cuda.memory_allocated() if kind == "cuda" else None
+def torchs(kind: str) -> Memory:
+    if kind != "cuda":
+        return Memory(lambda: None, lambda: None, lambda: None)
+    cuda = torch.cuda
+    return Memory(
+        cuda.reset_peak_memory_stats, cuda.max_memory_allocated, cuda.memory_allocated
+    )
 
 
 def add_ratios(results: list[dict[str, Any]]) -> str | None:

@@ -7,6 +7,14 @@ from typing import Any
 from cpu_report import markdown
 from cuda_machine import headline
 
+# How those differ that do not decode as the others do, or load the file otherwise.
+PEERS = {
+    "torchao": " torchao: `quantize_`, then the file's codes in its tensors.",
+    "mlx-lm": (
+        " mlx-lm: its own loops (`generate_step`, `BatchGenerator`), and memory as MLX "
+        "counts it."
+    ),
+}
 OURS, THEIRS = "#4878a8", "#a8b4c0"
 
 
@@ -34,6 +42,8 @@ def head(figures: dict[str, Any]) -> str:
         f"{settings['prompt']}, greedily, a static cache, a CUDA graph of one step, all "
         f"sequences of the batch together. Medians of {settings['rounds']} rounds."
     )
+    there = {one["name"] for one in figures["results"]}
+    text += "".join(said for name, said in PEERS.items() if name in there)
     made = figures.get("made")
     if made:
         each = ", ".join(f"{what} in {s:.1f} s" for what, s in made.items())

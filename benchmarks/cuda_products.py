@@ -21,7 +21,7 @@ from cpu_contestants import (
     one_rounding,
 )
 from cpu_products import DTYPES, WRONG
-from cuda_contestants import FAILURES, Lazy, Own, made, reason_of
+from cuda_contestants import FAILURES, Lazy, Own, made, told
 from torch import Tensor
 
 from affine_tensor import layout, ops
@@ -211,7 +211,7 @@ class Race:
             again = difference(contestant.give(made.poisoned()), exact)
         except FAILURES as failure:
             entry.out = entry.name != "ours"
-            return reason_of(failure)
+            return told(failure)
         if not again <= most:
             return f"{WRONG} in a CUDA graph: {_off(again, most)}"
         return made, max(error, again)

@@ -157,15 +157,34 @@ def test_steps_decode_as_generate_does(
     assert torch.equal(torch.cat(found, 1), expected[:, 6:])
 
 
-def test_mlx_lm(benchmark: ModuleType, tmp_path: Path) -> None:
+def test_mlx_lm(benchmark: ModuleType) -> None:
     pytest.importorskip("mlx_lm", reason="mlx-lm, the peer, is not installed")
     options = ["--tiny", "--device", "cpu", "--only", "mlx-lm", "--rounds", "1"]
     figures: dict[str, Any] = {}
-    benchmark.measure(benchmark._options(options), figures)
+    benchmark.measure(benchmark._options([*options, "--batches", "1", "3"]), figures)
     assert figures["missing"] == {}
     (one,) = figures["results"]
-    assert list(one["speeds"]) == ["decode, batch 1", "prefill 8", "prefill 16"]
-    assert one["errors"]["batch 1"] < 0.1
+    assert one["notes"] == []
+    assert list(one["speeds"]) == [
+        "decode, batch 1",
+        "decode, batch 3",
+        "prefill 8",
+        "prefill 16",
+    ]
+    assert set(one["errors"]) == {"batch 1", "batch 3"}
+    assert all(1e-4 < error < 0.1 for error in one["errors"].values())
+
+
+def test_mlx_lm_that_is_wrong_is_not_timed(
+    benchmark: ModuleType, llama: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlx_lm", reason="mlx-lm, the peer, is not installed")
+    monkeypatch.setattr(module("cuda_runs", monkeypatch), "LIMIT", 1e-6)
+    options = ["--tiny", "--device", "cpu", "--only", "mlx-lm", "--batches", "1"]
+    figures: dict[str, Any] = {}
+    benchmark.measure(benchmark._options(options), figures)
+    assert figures["results"] == []
+    assert figures["missing"]["mlx-lm"].startswith("wrong, batch 1: relative error")
 
 
 def test_ratios(benchmark: ModuleType) -> None:
