@@ -25,7 +25,11 @@ from affine_tensor.kernels.cuda import compiler, launch, library, plans
 
 _HERE = Path(__file__).parent / "cuda_emulator"
 _FLAGS = ("-std=c++17", "-O1", "-frounding-math", "-ffp-contract=off", "-fPIC")
-_ENTRIES = {"gemv.cu": "affine_gemv", "mma.cu": "affine_mma"}
+_ENTRIES = {
+    "gemv.cu": "affine_gemv",
+    "mma.cu": "affine_mma",
+    "matmul.cu": "affine_matmul",
+}
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 

@@ -355,10 +355,16 @@ def test_experts(bits: int, dtype: torch.dtype, permuted: bool) -> None:
         order = owners.argsort(stable=True)
         y = op.grouped_linear(x[order], *parts, permutation, offsets=ends, **form)
         close(y, wanted[order])
-    x = randn(50, n, dtype=dtype)
-    owners = torch.randint(0, count, (50,), device=DEVICE)
-    y = op.grouped_matmul(x, *parts, permutation, indices=owners, **form)
-    close(y, torch.einsum("tn,tnk->tk", x.double(), dense[owners]))
+    for rows in (1, 50, 700):
+        x = randn(rows, n, dtype=dtype)
+        owners = torch.randint(0, count, (rows,), device=DEVICE)
+        wanted = torch.einsum("tn,tnk->tk", x.double(), dense[owners])
+        y = op.grouped_matmul(x, *parts, permutation, indices=owners, **form)
+        close(y, wanted, ("matmul", rows), group_size)
+        ends = torch.bincount(owners, minlength=count).cumsum(0).to(torch.int32)
+        order = owners.argsort(stable=True)
+        y = op.grouped_matmul(x[order], *parts, permutation, offsets=ends, **form)
+        close(y, wanted[order], ("matmul", rows), group_size)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -381,6 +387,28 @@ def test_rows_without_an_expert(
     assert (y[6:] == 0).all()
     own = torch.tensor([1, 1, 1, 3, 3, 3], device=DEVICE)
     close(y[:6], torch.einsum("tk,tnk->tn", x[:6].double(), dense[own]))
+    x = randn(9, 72, dtype=dtype)
+    y = op.grouped_matmul(x, *parts, indices=owners, **form)
+    assert y[~good].isnan().all()
+    wanted = torch.einsum("tn,tnk->tk", x[good].double(), dense[owners[good]])
+    close(y[good], wanted, "matmul", 64)
+    y = op.grouped_matmul(x, *parts, offsets=ends, **form)
+    assert (y[6:] == 0).all()
+    wanted = torch.einsum("tn,tnk->tk", x[:6].double(), dense[own])
+    close(y[:6], wanted, "matmul", 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("m", [1, 16, 33, 64, 65])
+def test_transposed_products(m: int, dtype: torch.dtype) -> None:
+    parts = four_bits(3000, k=1088)
+    x = randn(m, 3000, dtype=dtype)
+    form = {**FORM, "dtype": dtype}
+    y = op.matmul(x, *parts, **form)
+    close(y, x.double() @ dense_of(parts, 4, 64), alike=64)
+    assert torch.equal(op.matmul(x, *parts, **form), y)
+    apart = torch.stack([x, x], -1)[..., 0]  # neighbours do not lie side by side
+    assert torch.equal(op.matmul(apart, *parts, **form), y)
 
 
 def test_the_same_rows_by_index_and_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -498,6 +526,10 @@ def calls() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
             finally:
                 experts._SORTING = before
 
+        def transposed(x: Tensor, owners: Tensor = owners) -> Tensor:
+            return op.grouped_matmul(x[:, :136], *stacked, indices=owners, **FORM)
+
+        found[f"{rows} rows, transposed"] = (transposed, x)
         found[f"{rows} rows by index"] = (by_index, x)
         found[f"{rows} rows, sorted"] = (sorted_before, x)
         found[f"{rows} rows by ends"] = (by_ends, x)

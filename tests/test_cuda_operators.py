@@ -259,11 +259,13 @@ def test_experts_do_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> 
     weight = make(4, 40, 64, dtype=torch.bfloat16)
     x = randn(9, 64, dtype=torch.bfloat16)
     owners, ends = torch.arange(9) % 4, torch.tensor([1, 4, 4, 9])
-    op = torch.ops.affine_tensor.grouped_linear
+    op, gradient = torch.ops.affine_tensor, randn(9, 40, dtype=torch.bfloat16)
+    operands, form = parts_of(weight), form_of(weight)
 
     def run() -> None:
         for own in ({"indices": owners}, {"offsets": ends}):
-            op(x, *parts_of(weight), **own, **form_of(weight))
+            op.grouped_linear(x, *operands, **own, **form)
+            op.grouped_matmul(gradient, *operands, **own, **form)
 
     run()
     for name in ("item", "tolist", "nonzero", "unique", "__bool__"):
@@ -273,17 +275,33 @@ def test_experts_do_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> 
         run()
 
 
-def test_gradients_of_experts() -> None:
-    weight = make(3, 16, 64)
-    x = randn(6, 16)
+@pytest.mark.parametrize("dtype", layout.WEIGHT_DTYPES, ids=str)
+@pytest.mark.parametrize("permuted", [False, True])
+def test_gradients_of_experts(
+    permuted: bool, dtype: torch.dtype, emulated_cuda: EmulatedCuda
+) -> None:
+    op = torch.ops.affine_tensor.grouped_matmul
+    weight = make(3, 16, 64, dtype=dtype)
+    form, parts = form_of(weight), parts_of(weight)
+    x = randn(6, 16, dtype=dtype)
     owners = torch.tensor([2, 0, 1, 2, 2, 0])
-    y = torch.ops.affine_tensor.grouped_matmul(
-        x, *parts_of(weight), indices=owners, **form_of(weight)
-    )
-    dense = dense_of(weight)
-    close(
-        y, torch.stack([a.double() @ dense[e] for a, e in zip(x, owners, strict=True)])
-    )
+    dense, permutation = dense_of(weight), None
+    if permuted:
+        permutation = torch.rand(3, 64).argsort(-1).to(torch.int32)
+        places = permutation.long().unsqueeze(1).expand_as(dense)
+        dense = torch.empty_like(dense).scatter_(-1, places, dense)
+    wanted = torch.einsum("tn,tnk->tk", x.double(), dense[owners])
+    before = emulated_cuda.launches
+    y = op(x, *parts, permutation, indices=owners, **form)
+    assert emulated_cuda.launches > before
+    close(y, wanted)
+    order, ends = owners.argsort(stable=True), torch.tensor([2, 3, 5])
+    y = op(x[order], *parts, permutation, offsets=ends, **form)
+    close(y[:5], wanted[order][:5])
+    assert (y[5:] == 0).all()
+    y = op(x, *parts, permutation, indices=torch.tensor([2, 3, 1, -1, 2, 0]), **form)
+    assert y[[1, 3]].isnan().all()
+    close(y[[0, 2, 4, 5]], wanted[[0, 2, 4, 5]])
 
 
 def test_more_rows_than_one_launch_takes(monkeypatch: pytest.MonkeyPatch) -> None:

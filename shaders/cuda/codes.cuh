@@ -199,13 +199,17 @@ struct Pairs {
     }
   }
 
+  // Which of the 16 codes is in the low or the high half of a register.
+  static DEVICE int place(int i, int high) {
+    if constexpr (WIDTH == 4) return 8 * (i >> 2) + (i & 3) + 4 * high;
+    else if constexpr (WIDTH == 8) return 4 * (i >> 1) + (i & 1) + 2 * high;
+    else return i + 8 * high;
+  }
+
   static DEVICE void order(const u32* x, u32* ordered) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      int low, high;  // inputs
-      if constexpr (WIDTH == 4) low = 8 * (i >> 2) + (i & 3), high = low + 4;
-      else if constexpr (WIDTH == 8) low = 4 * (i >> 1) + (i & 1), high = low + 2;
-      else low = i, high = i + 8;
+      const int low = place(i, 0), high = place(i, 1);  // inputs
       ordered[i] = select_bytes(x[low >> 1], x[high >> 1], low & 1 ? 0x7632 : 0x5410);
     }
   }

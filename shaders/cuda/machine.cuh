@@ -70,6 +70,12 @@ DEVICE u32 two_bfloats(float low, float high) {
   return out;
 }
 
+DEVICE u32 two_halves(float low, float high) {
+  u32 out;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+}
+
 DEVICE u32 fma_halves(u32 a, u32 b, u32 c) {
   u32 out;
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
@@ -218,6 +224,12 @@ DEVICE typename Stored<TYPE>::type narrow(float value) {
   if constexpr (TYPE == FLOAT32) return value;
   else if constexpr (TYPE == FLOAT16) return float_to_half(value);
   else return float_to_bfloat(value);
+}
+
+template <int TYPE>
+DEVICE u32 two_values(float low, float high) {
+  if constexpr (TYPE == FLOAT16) return two_halves(low, high);
+  else return two_bfloats(low, high);
 }
 
 // Of a word that holds two 16-bit floats.

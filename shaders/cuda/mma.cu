@@ -145,7 +145,7 @@ DEVICE void multiply_weights(Sums& sums, u32 (&pairs)[MT][2][8], const char* tok
   for (int i = 0; i < MT; ++i)
 #pragma unroll
     for (int r = 0; r < 2; ++r)
-      make_weights(scales + group * GROUP_WORDS + (i * 16 + r * 8) * PAIR_WORDS, pairs[i][r]);
+      make_weights<Codes>(scales + group * GROUP_WORDS + (i * 16 + r * 8) * PAIR_WORDS, pairs[i][r]);
 #pragma unroll
   for (int j = 0; j < NT; ++j) {
     u32 x[8];
@@ -191,7 +191,7 @@ KERNEL __launch_bounds__(THREADS, BLOCKS)
 
   int first_token = blockIdx.z * TOKENS, tokens = least(M - first_token, TOKENS);
 #if GROUPED
-  const Rows found = find_rows((const i64*)experts, E, M, blockIdx.z);
+  const Rows found = find_rows<TOKENS>((const i64*)experts, E, M, blockIdx.z);
   if (found.count <= 0) return;
   first_token = found.first, tokens = found.count;
   if (found.expert == E) {

@@ -17,15 +17,4 @@ DEVICE float minus(float a, float b) { return __fsub_rn(a, b); }
 DEVICE float over(float a, float b) { return __fdiv_rn(a, b); }
 DEVICE u64 as_long(double value) { return (u64)__double_as_longlong(value); }
 DEVICE u32 shuffle_bits(u32 value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
-
-DEVICE u32 two_halves(float low, float high) {
-  u32 out;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
-  return out;
-}
 #endif
-
-template <int TYPE> DEVICE u32 two_values(float low, float high) {
-  if constexpr (TYPE == FLOAT16) return two_halves(low, high);
-  return two_bfloats(low, high);
-}

@@ -85,6 +85,10 @@ inline u16 float_to_half(float value) { return double_to_half(value); }
 inline u16 float_to_bfloat(float value) { return double_to_bfloat(value); }
 inline float bfloat_to_float(u16 bits) { return as_float((u32)bits << 16); }
 
+inline u32 two_halves(float low, float high) {
+  return float_to_half(low) | (u32)float_to_half(high) << 16;
+}
+
 inline u32 two_bfloats(float low, float high) {
   return float_to_bfloat(low) | (u32)float_to_bfloat(high) << 16;
 }

@@ -125,14 +125,16 @@ def run(
     late: bool = False,
     rows: int | None = None,
 ) -> Tensor:
-    """x ``[M, K]`` times W, ``[M, N]``, by the kernel of a plan.
+    """x ``[M, K]`` times W, ``[M, N]``, by the kernel of a plan; or x @ W.
 
     Buffers end where their memory ends, or as near as what the plan takes their alignment
     to be allows. order: of the threads (0 forward, 1 backward, else random). late: copies
     happen when they are waited for. rows: that W is said to have.
     """
-    (m, k), n = x.shape, rows or packed.shape[-2]
-    y = torch.full((m, n), float("nan"), dtype=x.dtype)
+    m, n = len(x), rows or packed.shape[-2]
+    k = scales.shape[-1] * dict(plan.defines)["GROUP"]
+    columns = k if plan.entry == "affine_matmul" else n
+    y = torch.full((m, columns), float("nan"), dtype=x.dtype)
     tensors = (x, packed, scales, biases, bias, y, experts)
     addresses = [0 if t is None else t.data_ptr() for t in tensors]
     sizes = [

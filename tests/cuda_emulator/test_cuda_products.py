@@ -33,7 +33,9 @@ def operands(product: Product, seed: int = 0) -> dict[str, Tensor]:
     scales = (torch.rand(groups, generator=generator) + 0.5) / (1 << bits)
     biases = torch.randn(groups, generator=generator) / 8 - 0.5
     made = {
-        "x": torch.randn(product.m, k, generator=generator).to(product.dtype),
+        "x": torch.randn(
+            product.m, n if product.transposed else k, generator=generator
+        ).to(product.dtype),
         "packed": torch.randint(
             -(1 << 31), 1 << 31, words, generator=generator, dtype=torch.int64
         ).to(torch.int32),
@@ -62,12 +64,14 @@ def reference(product: Product, made: dict[str, Tensor]) -> Tensor:
         dtype=torch.float64,
     )
     x = made["x"].double()
+    if product.transposed:
+        dense = dense.mT
     if not product.experts:
         return x @ dense.T + made.get("bias", torch.zeros(())).double()
     owners = made["experts"]
     if product.grouping == 2:
         owners = torch.searchsorted(owners, torch.arange(product.m), right=True)
-    y = x.new_zeros(product.m, product.n)
+    y = x.new_zeros(product.m, dense.shape[-2])
     for row, owner in enumerate(owners.tolist()):
         if owner < product.experts:
             y[row] = dense[owner] @ x[row]
@@ -98,8 +102,8 @@ def drawn(family: str, seed: int) -> tuple[Product, Plan, dict[str, Any]]:
     r = random.Random(f"{family} {seed}")
     bits = layout.BITS[seed % 7]
     group = layout.GROUP_SIZES[seed % 5]
-    gemv = family == "gemv"
-    dtype = r.choice((BFLOAT, HALF, SINGLE) if gemv else (BFLOAT, HALF))
+    gemv, transposed = family == "gemv", family == "matmul"
+    dtype = r.choice((BFLOAT, HALF) if family == "mma" else (BFLOAT, HALF, SINGLE))
     grouping = r.choice((0, 0, 1 if gemv else 2))
     k = columns(bits, group, r.randint(40, 1300))
     product = Product(
@@ -110,21 +114,22 @@ def drawn(family: str, seed: int) -> tuple[Product, Plan, dict[str, Any]]:
         group_size=group,
         dtype=dtype,
         scale_dtype=r.choice((SINGLE, HALF, BFLOAT, dtype, dtype)),
-        biased=not grouping and r.random() < 0.5,
+        biased=not grouping and not transposed and r.random() < 0.5,
         experts=r.choice((1, 3, 40)) if grouping else 0,
         grouping=grouping,
         x_alignment=r.choice((16, 16, 2)),
         packed_alignment=r.choice((16, 16, 4)),
         capability=r.choice(((8, 0), (9, 0))),
         multiprocessors=r.choice((1, 2, 132)),
+        transposed=transposed,
     )
-    found = list(plans.gemv_plans(product) if gemv else plans.mma_plans(product))
+    found = list(getattr(plans, f"{family}_plans")(product))
     how = {"order": r.randint(0, 4), "late": r.random() < 0.5}
     return product, r.choice(found), how
 
 
 @pytest.mark.parametrize("seed", range(14))
-@pytest.mark.parametrize("family", ["gemv", "mma"])
+@pytest.mark.parametrize("family", ["gemv", "mma", "matmul"])
 def test_products_of_all_kinds(family: str, seed: int) -> None:
     product, plan, how = drawn(family, seed)
     check(product, plan, **how)
@@ -160,6 +165,27 @@ def test_rows_without_an_expert() -> None:
     y = emulator.run(plan, **made)
     assert (y[:2] != 0).any(-1).all()
     assert (y[2] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT, SINGLE])
+def test_the_transposed_product_of_experts(dtype: torch.dtype) -> None:
+    product = Product(
+        *(70, 300, 192, 4, 64, dtype, dtype),
+        experts=3,
+        grouping=2,
+        transposed=True,
+    )
+    made = operands(product)
+    made["experts"] = torch.tensor([40, 40, 66])
+    plan = plans.choose(product)
+    assert plan is not None
+    y = emulator.run(plan, **made)
+    wanted = reference(product, made)
+    error = (y.double() - wanted).norm()
+    assert error <= 1.5 * ROUNDING[dtype] * wanted.norm()
+    assert (y[66:] == 0).all()
+    for order, late in ((1, True), (2, False), (3, True)):
+        assert torch.equal(emulator.run(plan, **made, order=order, late=late), y)
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT, SINGLE])

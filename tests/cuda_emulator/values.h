@@ -25,10 +25,6 @@ inline float sum_up(float a, float b, float c) { return in_mode(FE_UPWARD, a, b,
 inline double sum_double(double a, double b, double c) { return std::fma(a, b, c); }
 inline float minus(float a, float b) { return a - b; }
 inline float over(float a, float b) { return a / b; }
-inline u32 two_halves(float low, float high) {
-  return float_to_half(low) | (u32)float_to_half(high) << 16;
-}
-
 inline unsigned long long as_long(double value) {
   unsigned long long out;
   memcpy(&out, &value, 8);

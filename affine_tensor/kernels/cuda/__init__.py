@@ -3,7 +3,7 @@
 Words are multiplied as they lie in the checkpoint, without repacking. Which kernel takes
 a product is decided in `plans`, once for each combination of shapes, strides and dtypes;
 what that makes is kept, so that a call is one look-up, one allocation and one launch. No
-call waits for the device, but for those that loop over experts (see `grouped_matmul`).
+call waits for the device.
 
 Many rows of x (and what kernels do not take, float64 for example) are multiplied with
 dense weights, made a bounded part at a time, by torch's own products.
@@ -350,8 +350,8 @@ def matmul(
 ) -> Tensor:
     """``x @ W``: x ``[..., N]``, W ``[N, K]``, result ``[..., K]``; see `ops`.
 
-    By torch's product with dense weights, some columns of them at a time: each sum is
-    one product's.
+    Many rows are multiplied by torch's product with dense weights, some columns of them
+    at a time: each sum is one product's.
     """
     form: Form = {"bits": bits, "group_size": group_size}
     device = x.get_device()
@@ -364,7 +364,10 @@ def matmul(
     n, k = packed.shape[0], scales.shape[-1] * group_size
     y = None
     if x.numel() and packed.numel() and served(device, packed, scales, biases):
-        y = _by_columns(x.reshape(-1, n), tidy(packed, scales, biases), k, form)
+        rows, parts = x.reshape(-1, n), tidy(packed, scales, biases)
+        y = _transposed(rows, parts, {**form, "dtype": dtype})
+        if y is None:
+            y = _by_columns(rows, parts, k, form)
     if y is None:
         return ops.reference("matmul")(
             x, packed, scales, biases, permutation, **form, dtype=dtype
@@ -372,6 +375,31 @@ def matmul(
     if permutation is not None:
         y = torch.empty_like(y).index_copy_(-1, permutation.long(), y)
     return y.view(*x.shape[:-1], k)
+
+
+def _transposed(x: Tensor, parts: Parts, form: Form) -> Tensor | None:
+    """By a kernel, or None where none takes it."""
+    packed, scales, _ = parts
+    if row_stride(x) is None:
+        x = x.contiguous()
+    device = x.get_device()
+    pointers = [x.data_ptr(), *(part.data_ptr() for part in parts)]
+    key = (
+        *("transposed", x.shape, x.stride(), x.dtype, device),
+        *(packed.shape, packed.stride(), scales.stride(), scales.dtype),
+        *(*(pointer & 15 for pointer in pointers), *form.values()),
+        *(settings.batch_invariant, settings.cuda_backend, settings.strict),
+    )
+    call = calls.get(key)
+    if call is None:
+        product = products.product_of(x, parts, form, transposed=True)
+        launch = products.launch_of(product, x, packed, scales)
+        call = keep(key, Call(launch, (product.m, product.k)))
+    if call.launch is None:
+        return None
+    y = x.new_empty(call.out)
+    call.launch(library.stream_of(device), *pointers, 0, y.data_ptr(), 0)
+    return y
 
 
 def _by_columns(x: Tensor, parts: Parts, k: int, form: Form) -> Tensor | None:

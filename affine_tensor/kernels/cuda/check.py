@@ -35,9 +35,11 @@ def compare(
         return values.to(product.dtype).to(device)
 
     parts = _weight(product, generator, device)
-    x = random(product.m, product.k)
+    columns = (product.k, product.n)
+    taken, made_columns = reversed(columns) if product.transposed else columns
+    x = random(product.m, taken)
     bias = random(product.n) if product.biased else None
-    y = x.new_full((product.m, product.n), float("nan"))
+    y = x.new_full((product.m, made_columns), float("nan"))
     owners = torch.arange(product.m) * product.experts // max(1, product.m - 1)
     groups = None
     if product.grouping == 1:
@@ -110,14 +112,15 @@ def _difference(
         wanted = x.new_zeros(y.shape, dtype=torch.float64)
         for expert, matrix in enumerate(dense):
             rows = owners == expert
-            wanted[rows] = x[rows].double() @ matrix.T
+            own = matrix if product.transposed else matrix.T
+            wanted[rows] = x[rows].double() @ own
         homeless = (owners == len(dense)).unsqueeze(-1)
         good = y.isnan() if product.grouping == 1 else y == 0
         if not bool((good | ~homeless).all()):
             return "rows without an expert are not as they should be"
         y = y.masked_fill(homeless, 0)
     else:
-        wanted = x.double() @ dense.T
+        wanted = x.double() @ (dense if product.transposed else dense.T)
     if bias is not None:
         wanted += bias
     error = float((y.double() - wanted).norm() / wanted.norm())

@@ -1,7 +1,7 @@
 """Products with the matrices of experts on CUDA.
 
 One launch serves all experts: each row finds its own, or rows are sorted by expert on the
-device. Nothing waits for the device but `grouped_matmul`, and what has no kernel.
+device. Nothing waits for the device but what has no kernel.
 """
 
 from __future__ import annotations
@@ -109,7 +109,12 @@ def _grouped(
 
 
 def _launched(
-    x: Tensor, parts: Parts, groups: Tensor, grouping: int, form: Form
+    x: Tensor,
+    parts: Parts,
+    groups: Tensor,
+    grouping: int,
+    form: Form,
+    transposed: bool = False,
 ) -> Tensor | None:
     """One launch for all experts, if there is a kernel."""
     if grouping == _BY_INDEX and len(x) > _MOST_ROWS:
@@ -121,16 +126,19 @@ def _launched(
     device = x.get_device()
     pointers = [part.data_ptr() for part in (x, packed, scales, biases)]
     key = (
-        *("grouped", grouping, x.shape, x.stride(), x.dtype, device),
+        *("grouped", grouping, transposed, x.shape, x.stride(), x.dtype, device),
         *(packed.shape, packed.stride(), scales.stride(), scales.dtype),
         *(*(pointer & 15 for pointer in pointers), *form.values()),
         *(settings.batch_invariant, settings.strict),
     )
     call = calls.get(key)
     if call is None:
-        product = products.product_of(x, parts, form, grouping=grouping)
+        product = products.product_of(
+            x, parts, form, grouping=grouping, transposed=transposed
+        )
         launch = products.launch_of(product, x, packed, scales)
-        call = keep(key, Call(launch, (len(x), packed.shape[1])))
+        columns = product.k if transposed else product.n
+        call = keep(key, Call(launch, (len(x), columns)))
     if call.launch is None:
         return None
     y = x.new_empty(call.out)
@@ -197,21 +205,72 @@ def grouped_matmul(
     group_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Each row of x times its expert's matrix; see `ops`.
+    """Each row of x times its expert's matrix; see `ops`. The gradient of `grouped_linear`.
 
-    The gradient of `grouped_linear`: expert by expert, which waits for the device.
+    An index that is no expert gives a row of NaN: to raise would need to wait.
     """
     form: Form = {"bits": bits, "group_size": group_size, "dtype": dtype}
+    device = x.get_device()
+    if device != library.current_device():
+        with torch.cuda.device(device):
+            return grouped_matmul(
+                *(x, packed, scales, biases, permutation, offsets, indices), **form
+            )
     ops.check_groups(x, packed, offsets, indices, "grouped_matmul")
     ops.check_input(x, packed.shape[1], dtype, "grouped_matmul")
+    layout.check_parts(packed, scales, biases, bits=bits, group_size=group_size)
+    own = (packed, scales, biases)
+    k = scales.shape[-1] * group_size
+    if not x.numel() or not packed.numel():
+        return x.new_zeros((len(x), k))
+    ordered = permutation is None or permutation.shape == (len(packed), k)
+    if settings.cuda_backend == "own" and ordered and served(device, *own, permutation):
+        if row_stride(x) is None:
+            x = x.contiguous()
+        y = _grouped_matmul(x, tidy(*own), permutation, offsets, indices, form)
+        if y is not None:
+            return y
     from . import matmul
 
     return ops.by_expert(
         matmul,
         x,
-        x.new_zeros((len(x), scales.shape[-1] * group_size)),
+        x.new_zeros((len(x), k)),
         (packed, scales, biases, permutation),
         offsets,
         indices,
         form,
     )
+
+
+def _grouped_matmul(
+    x: Tensor,
+    parts: Parts,
+    permutation: Tensor | None,
+    offsets: Tensor | None,
+    indices: Tensor | None,
+    form: Form,
+) -> Tensor | None:
+    """By one kernel for all experts, or None where none takes it."""
+    experts = len(parts[0])
+    owners = order = None
+    if indices is not None:
+        owners = indices.to(torch.int64).contiguous()
+        ends, order = _sorted(owners, experts)
+        x = x.index_select(0, order)
+    else:
+        assert offsets is not None
+        ends = offsets.to(torch.int64).contiguous()
+    y = _launched(x, parts, ends, _BY_ENDS, form, transposed=True)
+    if y is None:
+        return None
+    if order is not None:
+        y = torch.empty_like(y).index_copy_(0, order, y)
+    if permutation is not None:
+        own = _owners(ends, len(x)) if owners is None else owners
+        places = permutation.index_select(0, own.clamp(0, experts - 1))
+        y = torch.empty_like(y).scatter_(1, places.long(), y)
+    if owners is not None:
+        homeless = (owners < 0).logical_or_(owners >= experts)
+        y.masked_fill_(homeless.unsqueeze(-1), float("nan"))
+    return y

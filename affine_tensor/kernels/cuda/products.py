@@ -70,7 +70,13 @@ def row_stride(x: Tensor) -> int | None:
 
 
 def product_of(
-    x: Tensor, parts: Parts, form: Form, *, biased: bool = False, grouping: int = 0
+    x: Tensor,
+    parts: Parts,
+    form: Form,
+    *,
+    biased: bool = False,
+    grouping: int = 0,
+    transposed: bool = False,
 ) -> Product:
     """The product of tidy operands, where x has its rows at one distance."""
     packed, scales, biases = parts
@@ -82,7 +88,7 @@ def product_of(
     return Product(
         m=x.numel() // x.shape[-1],
         n=packed.shape[-2],
-        k=x.shape[-1],
+        k=scales.shape[-1] * form["group_size"],
         bits=form["bits"],
         group_size=form["group_size"],
         dtype=x.dtype,
@@ -94,6 +100,7 @@ def product_of(
         packed_alignment=plans.alignment(packed.data_ptr(), *words),
         scale_alignment=plans.alignment(scales.data_ptr(), biases.data_ptr(), *pairs),
         invariant=settings.batch_invariant,
+        transposed=transposed,
         capability=library.capability(device),
         multiprocessors=library.multiprocessors(device),
         shared=library.shared_bytes(device),
