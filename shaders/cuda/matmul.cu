@@ -1,7 +1,7 @@
 // x @ W for rows of x: y[M, K], x[M, N], packed W[N, K], the gradient of x @ W.T.
 //
 // A block makes 128 columns of some rows of x ("tokens"), in stages of rows of W. A lane
-// (g, t) brings 16 codes of each of 4 rows of W, 4 t to 4 t + 3 of its warp's 16: columns
+// (g, t) brings 16 codes of each of 4 rows of W, 4 t to 4 t + 3 of 16: columns
 // 16 g to 16 g + 15. They become weights, each rounded once to the dtype of the inputs;
 // those of two rows side by side are what tensor cores take, with columns in the order in
 // which codes come out. float32 is multiplied without tensor cores.
@@ -9,6 +9,7 @@
 // Definitions: BITS, GROUP; X, S (dtypes of inputs and results, of scales and biases);
 //   NT       tokens of a warp, divided by 8 (float32: of a thread)
 //   WT, WN   warps of a block, along tokens and along N (float32: WN alone)
+//   STEPS    times 16 rows of a stage, of a warp
 //   SPLIT    blocks of a cluster, along N
 //   STAGES   (float32: 1)
 //   BLOCKS   that a multiprocessor should have room for
@@ -20,7 +21,7 @@
 
 constexpr bool SINGLE = X == FLOAT32;
 constexpr int COLUMNS = 128;
-constexpr int ROWS = 16 * WN;  // of W in a stage
+constexpr int ROWS = 16 * WN * STEPS;  // of W in a stage
 constexpr int TOKENS = SINGLE ? 8 * NT : 8 * NT * WT;
 constexpr int THREADS = 32 * WN * WT;
 
@@ -34,7 +35,7 @@ constexpr int STAGE_BYTES = ROWS * ROW_BYTES + TOKENS * TOKEN_BYTES;
 constexpr int GROUPS = COLUMNS < GROUP ? 1 : COLUMNS / GROUP;
 constexpr int GROUP_WORDS = (ROWS + 4) * PAIR_WORDS;
 constexpr int SCALE_WORDS = GROUPS * GROUP_WORDS;
-constexpr int LINE = COLUMNS + 1;  // of sums
+constexpr int LINE = COLUMNS + 4;  // of sums, so that lanes meet different banks
 
 // What a block multiplies: rows of W from the first one of a stage on, and tokens.
 struct Operands {
@@ -88,6 +89,14 @@ constexpr int OWN = (ROWS * GROUPS + THREADS - 1) / THREADS;
 struct OwnScales {
   Scale scales[OWN], biases[OWN];
 };
+
+// What is going to be loaded, into the second-level cache.
+DEVICE void prefetch_scales(const Operands& in, int stage) {
+  for (int i = threadIdx.x; i < 2 * ROWS; i += THREADS) {
+    const int row = stage * ROWS + i / 2;
+    if (row < in.rows) prefetch((i % 2 ? in.biases : in.scales) + row * in.scale_stride);
+  }
+}
 
 // One stage ahead, through registers: so any dtype and any address will do. Rows that there
 // are not have weights of zero.
@@ -161,6 +170,9 @@ DEVICE void multiply_rows(Sums& sums, const char* words, const char* x, const u3
   }
 }
 
+// Which column is where in a line of sums.
+DEVICE int column_of(int at) { return at % 8 * 16 + Codes::place(at >> 4, at >> 3 & 1); }
+
 // Sums of all stages of a block, those of its warps added up, as lines [TOKENS][LINE].
 DEVICE void multiply(const Operands& in, u32* memory, int rank) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -172,6 +184,7 @@ DEVICE void multiply(const Operands& in, u32* memory, int rank) {
   const auto copy_stage = [&](int slot, int stage) {
     copy_words(in, base + slot * STAGE_BYTES, stage);
     copy_inputs(in, memory + (slot * STAGE_BYTES + ROWS * ROW_BYTES) / 4, stage);
+    prefetch_scales(in, stage);
   };
 #pragma unroll
   for (int i = 0; i < STAGES - 1; ++i) {
@@ -201,9 +214,13 @@ DEVICE void multiply(const Operands& in, u32* memory, int rank) {
     commit_copies();
     if (i + 1 < own_stages) load_scales(in, stage + SPLIT, own);
     const char* words = (const char*)memory + slot * STAGE_BYTES;
-    const char* x = words + ROWS * ROW_BYTES + wt * NT * 8 * TOKEN_BYTES + wn * 32;
-    multiply_rows(sums, words + wn * 16 * ROW_BYTES, x,
-                  staged + (i & 1) * SCALE_WORDS + wn * 16 * PAIR_WORDS, magic);
+    const char* x = words + ROWS * ROW_BYTES + wt * NT * 8 * TOKEN_BYTES;
+    const u32* scales = staged + (i & 1) * SCALE_WORDS;
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+      const int row = (wn * STEPS + step) * 16;
+      multiply_rows(sums, words + row * ROW_BYTES, x + row * 2, scales + row * PAIR_WORDS, magic);
+    }
     if (i + 1 < own_stages) store_scales(own, staged + (i + 1 & 1) * SCALE_WORDS);
     slot = slot + 1 == STAGES ? 0 : slot + 1;
   }
@@ -219,13 +236,15 @@ DEVICE void multiply(const Operands& in, u32* memory, int rank) {
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           const int token = (wt * NT + j) * 8 + 2 * t + (c & 1);
-          float* to = lines + token * LINE + 16 * g + Codes::place(i, c >> 1);
+          float* to = lines + token * LINE + 16 * i + (c >> 1) * 8 + g;
           *to = turn ? *to + sums[i][j][c] : sums[i][j][c];
         }
   }
 }
 
 #else
+
+DEVICE int column_of(int at) { return at; }
 
 // A stage becomes weights in shared memory, lines [ROWS][COLUMNS]; inputs lie there as lines
 // [ROWS][TOKENS]. Each thread makes 4 columns of NT tokens, in sums of a stage's terms each.
@@ -337,8 +356,8 @@ KERNEL __launch_bounds__(THREADS, BLOCKS)
 #endif
   y += (i64)first_token * K;
   for (int i = threadIdx.x + rank * THREADS; i < COLUMNS * tokens; i += THREADS * SPLIT) {
-    const int token = i / COLUMNS, column = i % COLUMNS;
-    const int at = token * LINE + column;
+    const int token = i / COLUMNS, column = column_of(i % COLUMNS);
+    const int at = token * LINE + i % COLUMNS;
 #if SPLIT > 1
     float sum = 0.0f;
 #pragma unroll

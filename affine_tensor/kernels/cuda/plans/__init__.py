@@ -57,7 +57,7 @@ __all__ = [
 # Rows of x up to which the words are multiplied, rather than a dense weight.
 MOST_ROWS = 128
 MOST_WGMMA_ROWS = 256
-MOST_TRANSPOSED_ROWS = 64
+MOST_TRANSPOSED_ROWS = 16
 _MOST_EXACT_ROWS = 1024  # where dense weights would lose too much
 _MOST_FLOAT32_ROWS = 16
 

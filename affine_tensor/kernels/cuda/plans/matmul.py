@@ -21,11 +21,11 @@ _MOST_SPLIT = 8  # blocks of a cluster, which every Hopper GPU can place togethe
 
 # By rows of x (of an expert) up to a limit.
 _SIZES: dict[int, Sizes] = {
-    16: {"nt": 2, "wt": 1, "wn": 4, "stages": 4, "blocks": 3},
-    32: {"nt": 4, "wt": 1, "wn": 4, "stages": 4, "blocks": 2},
-    64: {"nt": 4, "wt": 2, "wn": 4, "stages": 3, "blocks": 1},
+    16: {"nt": 2, "wt": 1, "wn": 4, "steps": 2, "stages": 3, "blocks": 2},
+    32: {"nt": 4, "wt": 1, "wn": 4, "steps": 2, "stages": 3, "blocks": 2},
+    64: {"nt": 4, "wt": 2, "wn": 4, "steps": 2, "stages": 3, "blocks": 1},
 }
-_FLOAT32: Sizes = {"nt": 4, "wt": 1, "wn": 8, "stages": 1, "blocks": 2}
+_FLOAT32: Sizes = {"nt": 4, "wt": 1, "wn": 8, "steps": 1, "stages": 1, "blocks": 2}
 
 
 def matmul_plans(product: Product) -> Iterator[Plan]:
@@ -50,18 +50,18 @@ def _split(product: Product, rows: int, sizes: Sizes) -> int:
         return 1
     tokens = 8 * sizes["nt"] * (1 if product.dtype == torch.float32 else sizes["wt"])
     tiles = up(product.k, _COLUMNS) * up(rows, tokens) * max(1, product.experts)
-    stages, split = up(product.n, 16 * sizes["wn"]), 1
+    stages, split = up(product.n, 16 * sizes["wn"] * sizes["steps"]), 1
     room = product.multiprocessors * sizes["blocks"]
-    while 2 * split * tiles <= room and split < _MOST_SPLIT and stages >= 8 * split:
+    while 2 * split * tiles <= room and split < _MOST_SPLIT and stages >= 6 * split:
         split *= 2
     return split
 
 
 def matmul_shared(
-    product: Product, nt: int, wt: int, wn: int, stages: int
+    product: Product, nt: int, wt: int, wn: int, steps: int, stages: int
 ) -> tuple[int, int]:
     """Bytes of shared memory of a block, and its tokens."""
-    rows = 16 * wn
+    rows = 16 * wn * steps
     if product.dtype == torch.float32:
         tokens = 8 * nt
         staged = rows * (_COLUMNS + tokens + 1) * WORD
@@ -72,7 +72,7 @@ def matmul_shared(
         pair = 2 if product.scale_dtype == torch.float32 else 1
         groups = max(1, _COLUMNS // product.group_size)
         staged = stages * stage + 2 * groups * (rows + 4) * pair * WORD
-    return max(staged, tokens * (_COLUMNS + 1) * WORD), tokens
+    return max(staged, tokens * (_COLUMNS + 4) * WORD), tokens
 
 
 def matmul_plan(
@@ -81,12 +81,13 @@ def matmul_plan(
     nt: int,
     wt: int,
     wn: int,
+    steps: int,
     stages: int,
     blocks: int,
     split: int,
 ) -> Plan | None:
     """The plan with these sizes, or None if it does not fit."""
-    shared, tokens = matmul_shared(product, nt, wt, wn, stages)
+    shared, tokens = matmul_shared(product, nt, wt, wn, steps, stages)
     if shared * blocks > product.shared:
         return None
     tiles = up(product.m, tokens)
@@ -100,6 +101,7 @@ def matmul_plan(
         "NT": nt,
         "WT": wt,
         "WN": wn,
+        "STEPS": steps,
         "SPLIT": split,
         "STAGES": stages,
         "BLOCKS": blocks,

@@ -47,6 +47,9 @@ _MMA: dict[int, tuple[Sizes, Sizes]] = {
 }
 # What narrow W of very many columns have otherwise.
 _MMA_LONG: dict[int, Sizes] = {16: {"stages": 4, "blocks": 1}}
+# W not so wide that tiles of wide ones give all multiprocessors work: those of
+# 64 rows do, for up to 16 rows of x.
+_MEDIUM: Sizes = {"mt": 2, "wn": 2, "wk": 2, "ks": 512, "stages": 2, "blocks": 2}
 _TOKEN_TILES = (1, 2, 3, 4, 6, 8)  # that there are kernels for
 # The same for all M: one order of sums.
 _INVARIANT: Sizes = {
@@ -79,6 +82,9 @@ def _mma_plans(product: Product, nt: int) -> Iterator[Plan]:
         wanted = narrow if product.n <= NARROW else wide
         if product.n <= NARROW and product.k > LONG:
             wanted = {**wanted, **_MMA_LONG.get(most, {})}
+        if nt <= 2 and _is_medium(product):
+            few = up(product.n, 64) < 0.9 * product.multiprocessors
+            wanted = {**_MEDIUM, "ck": 4 if few else 2}
         if product.bits > 4 and wanted["ks"] == 512:
             wanted = {**wanted, "ks": 256}
         # What else does not fit into registers.
@@ -101,6 +107,17 @@ def _mma_plans(product: Product, nt: int) -> Iterator[Plan]:
         plan = mma_plan(product, nt=nt, sums=sums, **sizes)
         if plan is not None and plan.shared * blocks <= product.shared:
             yield plan
+
+
+def _is_medium(product: Product) -> bool:
+    """Whether W is wide, but for few rows of x not wide enough.
+
+    Wider codes and smaller groups take more work, which more blocks are to share.
+    """
+    most = 2 * product.multiprocessors
+    if product.bits <= 4 and product.group_size >= 64:
+        most = most * 4 // 5
+    return product.grouping == 0 and NARROW < product.n <= 64 * most
 
 
 def token_tiles(product: Product) -> int:

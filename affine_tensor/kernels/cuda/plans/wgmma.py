@@ -38,7 +38,7 @@ _WGMMA: dict[int, tuple[Sizes, Sizes, Sizes]] = {
     256: (
         {"tokens": 256, "warpgroups": 2, "turns": 1, "stages": 3, "depth": 2},
         {"tokens": 128, "warpgroups": 1, "turns": 2, "stages": 4, "depth": 4},
-        {"tokens": 128, "warpgroups": 2, "turns": 1, "stages": 4, "depth": 4},
+        {"tokens": 128, "warpgroups": 2, "turns": 1, "stages": 3, "depth": 2},
     ),
 }
 _MOST_CLUSTER = 8  # blocks that every Hopper GPU can place together
