@@ -69,23 +69,23 @@ def compiled() -> None:
     ]
     for bits, dtype, group_size, scale_dtype, m in all_cases():
         n, k = shape_of(bits, group_size, m)
-        plan = plans.choose(
-            Product(
-                m=m,
-                n=n,
-                k=k,
-                bits=bits,
-                group_size=group_size,
-                dtype=dtype,
-                scale_dtype=scale_dtype,
-                biased=m % 2 == 0,
-                capability=capability,
-                multiprocessors=library.multiprocessors(0),
-                shared=library.shared_bytes(0),
-            )
+        product = Product(
+            m=m,
+            n=n,
+            k=k,
+            bits=bits,
+            group_size=group_size,
+            dtype=dtype,
+            scale_dtype=scale_dtype,
+            biased=m % 2 == 0,
+            capability=capability,
+            multiprocessors=library.multiprocessors(0),
+            shared=library.shared_bytes(0),
         )
-        if plan is not None:
-            jobs.append((plan.source, plan.defines, capability))
+        transposed = replace(product, biased=False, transposed=True)
+        for plan in (plans.choose(product), plans.choose(transposed)):
+            if plan is not None:
+                jobs.append((plan.source, plan.defines, capability))
     begun = time.perf_counter()
     count = compiler.images(jobs)
     print(f"\n{count} kernels in {time.perf_counter() - begun:.0f} s")

@@ -21,7 +21,7 @@ _MOST_SPLIT = 8  # blocks of a cluster, which every Hopper GPU can place togethe
 
 # By rows of x (of an expert) up to a limit.
 _SIZES: dict[int, Sizes] = {
-    16: {"nt": 2, "wt": 1, "wn": 4, "steps": 2, "stages": 3, "blocks": 2},
+    16: {"nt": 2, "wt": 1, "wn": 4, "steps": 1, "stages": 4, "blocks": 3},
     32: {"nt": 4, "wt": 1, "wn": 4, "steps": 2, "stages": 3, "blocks": 2},
     64: {"nt": 4, "wt": 2, "wn": 4, "steps": 2, "stages": 3, "blocks": 1},
 }
