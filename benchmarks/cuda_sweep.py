@@ -1,4 +1,4 @@
-"""Which sizes of the CUDA products are fastest on this GPU: what plans.py is made of.
+"""Which sizes of the CUDA products are fastest on this GPU: what kernels/cuda/plans is made of.
 
     python benchmarks/cuda_sweep.py --m 1 2 8 --shapes 4096x4096 14336x4096 --bits 4
     python benchmarks/cuda_sweep.py --m 64 --family mma --time-limit 240
@@ -304,7 +304,7 @@ def report(case: Case, found: list[Result], best: int) -> dict[str, Any]:
     )
     taken = plans.choose(product)
     own = next((result.us for result in found if result.plan == taken), None)
-    print(f"{name}: {len(found)} right; plans.py takes {own}", flush=True)
+    print(f"{name}: {len(found)} right; taken now: {own}", flush=True)
     for result in found[:best]:
         print(
             f"  {result.us:8.2f} us {moved / result.us / 1e6:6.2f} TB/s "

@@ -1,4 +1,4 @@
-"""What plans.py chooses fits the device, whatever the product."""
+"""What kernels.cuda.plans chooses fits the device, whatever the product."""
 
 from __future__ import annotations
 

@@ -16,7 +16,9 @@ from expecttest import assert_expected_inline
 
 from affine_tensor import doctor, ops
 from affine_tensor.doctor import cases, operators
-from affine_tensor.kernels import machine
+from affine_tensor.kernels import KernelError, machine, settings
+from affine_tensor.kernels.cuda import compiler
+from affine_tensor.kernels.cuda import library as cuda_library
 from affine_tensor.kernels.metal import library as metal_library
 from affine_tensor.kernels.metal import tune, tuning
 from affine_tensor.tensor import OPS
@@ -321,3 +323,28 @@ def test_each_candidate_is_timed_with_its_own_kernel(metal: Any) -> None:
     families = {variant.family for variant in compiled}
     assert {"gemv_small", "gemm", "gemv_n", "gemm_n", "gemv"} <= families
     assert tuning.limits() == tuning.Limits()  # as before
+
+
+def test_it_says_what_compiles_for_an_nvidia_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda_library, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda_library, "multiprocessors", lambda device: 132)
+    found: Any = compiler.Nvrtc("/lib/libnvrtc.so.13", None, (13, 0), (80, 90))  # type: ignore[arg-type]
+    monkeypatch.setattr(compiler, "find", lambda: found)
+    assert doctor._describe_cuda() == [
+        ("kernels", "for sm_90a, by NVRTC 13.0 (/lib/libnvrtc.so.13)"),
+        ("GPU", "sm_90, 132 multiprocessors"),
+    ]
+
+    def none() -> Any:
+        raise KernelError("there is no NVRTC that works here")
+
+    monkeypatch.setattr(compiler, "find", none)
+    monkeypatch.setattr(settings, "cuda_backend", "reference")
+    assert doctor._describe_cuda() == [
+        ("kernels", "none of our own: there is no NVRTC that works here"),
+        ("GPU", "sm_90, 132 multiprocessors"),
+        ("settings", "backend reference"),
+    ]

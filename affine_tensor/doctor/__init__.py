@@ -81,6 +81,8 @@ def describe(kind: str) -> str:
     ]
     if kind == "mps":
         rows += _describe_metal()
+    elif kind == "cuda":
+        rows += _describe_cuda()
     elif not ops.has_kernels(kind):
         text = f"none of our own for {kind}: what is checked is the reference"
         rows.append(("kernels", text))
@@ -95,6 +97,28 @@ def _describe_cpu() -> str:
     found = compiler.find()
     products = " with products of bfloat16" if found.multiplies_bfloat16 else ""
     return f"{found.vectors}{products}, compiled by {' '.join(found.command)}"
+
+
+def _describe_cuda() -> list[tuple[str, str]]:
+    """Which NVRTC compiles kernels here, for which GPU; or why none does."""
+    from ..kernels import KernelError
+    from ..kernels.cuda import compiler, library
+
+    major, minor = library.capability(torch.cuda.current_device())
+    try:
+        found = compiler.find()
+        architecture = compiler.target((major, minor))
+        version = ".".join(map(str, found.version))
+        compiled = f"for {architecture}, by NVRTC {version} ({found.path})"
+    except KernelError as error:
+        compiled = f"none of our own: {error}"
+    rows = [
+        ("kernels", compiled),
+        ("GPU", f"sm_{major}{minor}, {library.multiprocessors(0)} multiprocessors"),
+    ]
+    if settings.cuda_backend != "own":
+        rows.append(("settings", f"backend {settings.cuda_backend}"))
+    return rows
 
 
 def _describe_metal() -> list[tuple[str, str]]:
