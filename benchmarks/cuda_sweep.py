@@ -1,4 +1,4 @@
-"""Which sizes of the CUDA products are fastest on this GPU: what kernels/cuda/plans is made of.
+"""Which sizes of the CUDA products are fastest on this GPU, for kernels/cuda/plans.
 
     python benchmarks/cuda_sweep.py --m 1 2 8 --shapes 4096x4096 14336x4096 --bits 4
     python benchmarks/cuda_sweep.py --m 64 --family mma --time-limit 240
