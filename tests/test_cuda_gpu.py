@@ -311,6 +311,10 @@ def test_dense_weights_are_made_a_part_at_a_time() -> None:
     some = slice(30000, 30100)
     own = tuple(part[some] for part in parts)
     close(y[:, some], x.double() @ dense_of(own, 4, 64).T)
+    for dtype in DTYPES:
+        x = randn(100, n, dtype=dtype)
+        y = op.matmul(x, *parts, **{**FORM, "dtype": dtype})
+        close(y, x.double() @ dense_of(parts, 4, 64), dtype, alike=64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

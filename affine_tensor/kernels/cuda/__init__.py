@@ -350,8 +350,8 @@ def matmul(
 ) -> Tensor:
     """``x @ W``: x ``[..., N]``, W ``[N, K]``, result ``[..., K]``; see `ops`.
 
-    Many rows are multiplied by torch's product with dense weights, some columns of them
-    at a time: each sum is one product's.
+    Many rows of x are multiplied by torch's product with dense weights, some rows of
+    them at a time.
     """
     form: Form = {"bits": bits, "group_size": group_size}
     device = x.get_device()
@@ -367,7 +367,7 @@ def matmul(
         rows, parts = x.reshape(-1, n), tidy(packed, scales, biases)
         y = _transposed(rows, parts, {**form, "dtype": dtype})
         if y is None:
-            y = _by_columns(rows, parts, k, form)
+            y = _by_rows(rows, parts, k, form)
     if y is None:
         return ops.reference("matmul")(
             x, packed, scales, biases, permutation, **form, dtype=dtype
@@ -402,18 +402,34 @@ def _transposed(x: Tensor, parts: Parts, form: Form) -> Tensor | None:
     return y
 
 
-def _by_columns(x: Tensor, parts: Parts, k: int, form: Form) -> Tensor | None:
+def _by_rows(x: Tensor, parts: Parts, k: int, form: Form) -> Tensor | None:
+    """By dense weights, some rows of W at a time; their products add up in float32.
+
+    Not some columns: sums as long as a vocabulary over few outputs leave a GPU idle.
+    """
     packed, scales, biases = parts
-    n, step = len(packed), _step(k, len(packed) * x.itemsize)
-    y = x.new_empty((len(x), k))
-    for start in range(0, k, step):
-        end = min(start + step, k)
-        words = slice(start * form["bits"] // 32, end * form["bits"] // 32)
-        groups = slice(start // form["group_size"], end // form["group_size"])
-        some = (packed[:, words], scales[:, groups], biases[:, groups])
-        dense = x.new_empty((n, end - start))
-        if not weights.dequantize_into(dense, some, **form):
+    n, step = len(packed), _step(len(packed), k * x.itemsize)
+    wide = torch.float32 if n > step and x.itemsize == 2 else x.dtype
+    dense, y = x.new_empty((step, k)), None
+    for start in range(0, n, step):
+        block = slice(start, start + step)
+        some = (packed[block], scales[block], biases[block])
+        weight = dense[: len(some[0])]
+        if not weights.dequantize_into(weight, some, **form):
             return None
         with _whole_sums:
-            _multiply(x, dense, None, y[:, start:end])
-    return y
+            product = _product(x[:, block], weight, wide)
+        y = product if y is None else y.add_(product)
+    assert y is not None
+    return y.to(x.dtype)
+
+
+def _product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """x ``[M, N]`` @ weight ``[N, K]`` in x's dtype, or in float32."""
+    if dtype == x.dtype:
+        y = x.new_empty((len(x), weight.shape[1]))
+        _multiply(x, weight, None, y)
+        return y
+    if x.is_cuda:
+        return torch.mm(x, weight, out_dtype=dtype)
+    return x.to(dtype) @ weight.to(dtype)
