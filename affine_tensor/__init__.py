@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import dispatch as _dispatch  # noqa: F401  (fills the table of operators)
+from . import distributed as _distributed  # noqa: F401  (adds the collectives)
 from .checkpoint.files import CheckpointError
 from .checkpoint.load import LoadReport, load_checkpoint_
 from .checkpoint.save import SaveReport, save_checkpoint
@@ -13,6 +14,7 @@ from .kernels import cpu as _cpu  # noqa: F401  (registers its kernels)
 from .kernels import cuda as _cuda  # noqa: F401
 from .kernels import metal as _metal  # noqa: F401
 from .kernels.warmup import warmup
+from .lora import MergeReport, merge_to_dense, prepare_for_lora
 from .quantize import ON_PACKED as _ON_PACKED
 from .quantize import AffineConfig, dequantize_, footprint, quantize_
 from .tensor import AffineQuantizedTensor
@@ -32,6 +34,7 @@ __all__ = [
     "AffineQuantizedTensor",
     "CheckpointError",
     "LoadReport",
+    "MergeReport",
     "SaveReport",
     "__version__",
     "convert",
@@ -41,6 +44,8 @@ __all__ = [
     "from_pretrained",
     "fuse_projections",
     "load_checkpoint_",
+    "merge_to_dense",
+    "prepare_for_lora",
     "quantize_",
     "register",
     "save_checkpoint",

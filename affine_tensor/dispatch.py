@@ -10,6 +10,7 @@ that write into a packed weight raise.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
@@ -20,7 +21,15 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
 from . import layout, ops
-from .tensor import FALLBACK, FROZEN, AffineQuantizedTensor, implements, log_once
+from .tensor import (
+    FALLBACK,
+    FROZEN,
+    NOT_ON_DISK,
+    AffineQuantizedTensor,
+    implements,
+    log_once,
+    of_module,
+)
 
 aten = torch.ops.aten
 
@@ -76,7 +85,11 @@ def _fallback(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         args, kwargs = tree_map_only(
             AffineQuantizedTensor, lambda weight: weight.dequantize(), (args, kwargs)
         )
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+    if func.is_view:
+        for one in result if isinstance(result, (list, tuple)) else [result]:
+            one._copy_of_packed = True
+    return result
 
 
 def _as_view(base: Tensor) -> Any:
@@ -94,7 +107,9 @@ def _refuse_to_write(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> 
         value = args[position] if position < len(args) else kwargs.get(argument.name)
         values = value if isinstance(value, (list, tuple)) else [value]
         if any(_is_packed(v) for v in values):
-            raise NotImplementedError(f"{func} on a packed weight: {FROZEN}")
+            raise NotImplementedError(
+                f"{func} on a packed weight{of_module()}: {FROZEN}"
+            )
 
 
 def _dense(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -267,7 +282,11 @@ def _alias(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 def _clone(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     weight = args[0]
     memory_format = kwargs.get("memory_format") or torch.preserve_format
-    if memory_format == torch.contiguous_format and weight.transposed:
+    wants_rows = memory_format == torch.contiguous_format and weight.transposed
+    # Who shards a weight only wants its parts in order, to send them.
+    if wants_rows and not is_called_from(
+        "torch.distributed", "transformers.distributed"
+    ):
         return _dense(func, args, kwargs)  # row-major along the wrong axis for groups
     return weight._map(lambda part: part.clone(memory_format=memory_format))
 
@@ -300,6 +319,12 @@ def _copy(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     target, source = args[:2]
     non_blocking = _arguments(func, args, kwargs)[2]
     if not _is_packed(target):
+        if hasattr(target, "_copy_of_packed"):
+            raise RuntimeError(
+                f"copy_ of {source!r} into what is a copy of a part of a packed weight: "
+                "that part is not whole groups and words, or its channels are permuted, "
+                "and the weight would not change"
+            )
         return target.copy_(source.dequantize(), non_blocking)
     if not _is_packed(source):
         source = _quantized_like(target, source)
@@ -345,14 +370,24 @@ def _check_same_format(
     orders = [
         part for part in (target.permutation, source.permutation) if part is not None
     ]
-    # Not target._is_view(), which is False for views made in inference mode.
-    covers = target._packed.untyped_storage().nbytes() == target._packed.nbytes
-    if orders and not covers and not torch.equal(*orders):
+    if len(orders) == 2 and not _has_own_order(target) and not torch.equal(*orders):
         raise RuntimeError(
             f"copy_ of {source!r} into a view of a packed weight: their permutations "
             "differ, and other rows of that weight use the same one. Replace the whole "
             "weight, or copy_ source.dequantize(), which quantizes again"
         )
+
+
+def _has_own_order(weight: AffineQuantizedTensor) -> bool:
+    """Whether no row outside of this weight goes by its permutation.
+
+    It then has the same share of the memory of the words as of the permutation. Not
+    `_is_view()`, which is False for views made in inference mode.
+    """
+    words, order = weight._packed, weight.permutation
+    assert order is not None
+    of_words, of_order = (part.untyped_storage().nbytes() for part in (words, order))
+    return of_words * order.nbytes == of_order * words.nbytes
 
 
 def _stored_format(weight: AffineQuantizedTensor) -> tuple[Any, ...]:
@@ -399,10 +434,80 @@ def _empty_like(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 def _create(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """A dense tensor like this one: only shape, dtype and device matter."""
     weight = args[0]
+    if func is aten.new_zeros.default and _is_sharding():
+        return _padding(weight, args[1])
     like = torch.empty_strided(
         weight.shape, weight.stride(), dtype=weight._dtype, device=weight.device
     )
     return func(like, *args[1:], **kwargs)
+
+
+def is_called_from(*modules: str) -> bool:
+    """Whether a module whose name begins so is among the callers, up to a dozen."""
+    frame = sys._getframe(1)
+    for _ in range(12):
+        if str(frame.f_globals.get("__name__", "")).startswith(modules):
+            return True
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return False
+
+
+def _is_sharding() -> bool:
+    """FSDP2 makes the memory of a shard with new_zeros, and would copy into it what
+    it took the shard of: a dense one would make all dense, without a word."""
+    return is_called_from("torch.distributed.fsdp._fully_shard._fsdp_param")
+
+
+def _padding(weight: AffineQuantizedTensor, size: Sequence[int]) -> Tensor:
+    """Zeros in the format of `weight`, with another first dimension."""
+    if weight.dim() < 2 or list(size[1:]) != list(weight.shape[1:]):
+        raise NotImplementedError(
+            f"FSDP2 takes {list(size)} of {weight!r} for a shard; packed weights are "
+            "sharded along their first dimension only"
+        )
+    lead = size[0]
+
+    def zeros(part: Tensor) -> Tensor:
+        return part.new_zeros(lead, *part.shape[1:])
+
+    def in_order(order: Tensor) -> Tensor:
+        if order.dim() == 1:
+            return order.clone()
+        columns = torch.arange(order.shape[-1], dtype=torch.int32, device=order.device)
+        return columns.expand(lead, *order.shape[1:]).contiguous()
+
+    return weight._map(zeros, in_order)
+
+
+@implements(aten.constant_pad_nd.default)
+def _pad(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Zeros after the last entries, as DTensor makes shards of one size with them."""
+    weight, pad, value = _arguments(func, args, kwargs)
+    rank, bits, group = weight.dim(), weight.bits, weight.group_size
+    after = {rank - 1 - i: n for i, n in enumerate(pad[1::2]) if n}
+    columns = sum(n for dim, n in after.items() if _stored(weight, dim) == rank - 1)
+    if (
+        value
+        or any(pad[::2])
+        or any(n < 0 for n in after.values())
+        or (columns and weight.permutation is not None)
+        or columns % group
+        or columns * bits % 32
+        or (weight.permutation is not None and rank > 2)
+    ):
+        return _dense(func, args, kwargs)
+    more = [0] * rank
+    for dim, count in after.items():
+        more[_stored(weight, dim)] = count
+
+    def pad_part(part: Tensor) -> Tensor:
+        last = columns * bits // 32 if part is weight._packed else columns // group
+        sides = [side for n in [last, *more[-2::-1]] for side in (0, n)]
+        return torch.nn.functional.pad(part, sides)
+
+    return weight._map(pad_part, torch.clone)
 
 
 @implements(aten.equal.default)
@@ -517,11 +622,19 @@ def _permuted(
 @implements(aten.slice.Tensor)
 def _slice(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     weight, dim, start, end, step = _arguments(func, args, kwargs)
+    stored, rank = _stored(weight, dim), weight.dim()
+    if stored < rank - 1:  # torch finds the bounds, as compilers do not know them yet
+
+        def cut(part: Tensor) -> Tensor:
+            return cast(Tensor, func(part, stored, start, end, step))
+
+        new = _view(weight, cut, cut if stored < rank - 2 else _keep)
+        return return_and_correct_aliasing(func, args, kwargs, new)
     start, end, step = slice(start, end, step).indices(weight.shape[dim])
-    new = _sliced(weight, _stored(weight, dim), start, max(start, end), step)
-    if new is None:
+    columns = _sliced(weight, stored, start, max(start, end), step)
+    if columns is None:
         return _dense(func, args, kwargs)
-    return return_and_correct_aliasing(func, args, kwargs, new)
+    return return_and_correct_aliasing(func, args, kwargs, columns)
 
 
 def _sliced(
@@ -551,6 +664,18 @@ def _sliced(
     return _view(weight, cut_columns)
 
 
+def _refuse_shard(weight: AffineQuantizedTensor, start: int, end: int) -> None:
+    """A shard must be packed: raise ValueError where DTensor would make a dense one."""
+    if is_called_from(
+        "torch.distributed.tensor.placement_types",
+        "torch.distributed._shard.",
+        "torch.distributed.checkpoint.",
+    ):
+        from .distributed import why_not_cut
+
+        raise ValueError(why_not_cut(weight, start, end))
+
+
 @implements(aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int)
 def _split(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Views made of slices; dense where one of them would be."""
@@ -572,6 +697,7 @@ def _split(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         pieces.append(_sliced(weight, stored, start, start + length))
         start += length
     if any(piece is None for piece in pieces):
+        _refuse_shard(weight, 0, sizes[0])
         return _dense(func, args, kwargs)
     return return_and_correct_aliasing(func, args, kwargs, pieces)
 
@@ -686,6 +812,9 @@ def _reshape(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return return_and_correct_aliasing(func, args, kwargs, new)
     columns = size[-1] if size else 0
     bound = weight.transposed or weight.permutation is not None
+    if bound and size == [weight.numel()] and _is_sharding():
+        # It only keeps this, to know the shard again by.
+        return _view(weight, aten.alias.default)
     if bound or layout.why_not(columns, bits=bits, group_size=group):
         return _dense(func, args, kwargs)
 
@@ -695,6 +824,14 @@ def _reshape(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
     new = _view(weight, reshape)
     return return_and_correct_aliasing(func, args, kwargs, new)
+
+
+@implements(aten.view.dtype)
+def _view_as_dtype(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    if is_called_from("accelerate.utils.offload"):
+        # It would read the dense bfloat16 back, and put it in place of the packed weight.
+        raise RuntimeError(f"{args[0]!r} cannot be offloaded to disk. {NOT_ON_DISK}")
+    return _dense(func, args, kwargs)
 
 
 @implements(aten.as_strided.default)

@@ -17,12 +17,15 @@ def fold_permutations_(model: nn.Module) -> list[str]:
     is computed in that order instead, codes, scales and all, in place and without loss.
     Also of stacks of experts (`gate_up_proj`), each its own. Other permutations stay: their
     channels are the model's. Returns the names of the weights that are no longer permuted.
+
+    Layers with adapters beside them are left alone. An adapter of these projections that
+    was trained before does not fit afterwards, since it knows the channels by their order.
     """
     folded = []
     for name, module in model.named_modules():
         if _fold_linears(module):
             folded.append(f"{name}.down_proj.weight".lstrip("."))
-        elif _fold_experts(module):
+        elif not name.endswith("base_layer") and _fold_experts(module):
             folded.append(f"{name}.down_proj".lstrip("."))
     return folded
 

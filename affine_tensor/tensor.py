@@ -28,8 +28,13 @@ OPS: dict[Any, Handler] = {}
 FALLBACK = "fallback"
 
 FROZEN = (
-    "A packed weight cannot be trained or changed in place. Train adapters beside it, or "
-    "make it dense with dequantize_(model)"
+    "A packed weight cannot be trained or changed in place. Train adapters beside it, "
+    "which merge_to_dense(model) merges, or make it dense with dequantize_(model)"
+)
+
+NOT_ON_DISK = (
+    "accelerate writes weights that are left on disk as arrays: map the modules to devices "
+    "and 'cpu' only"
 )
 
 
@@ -290,7 +295,7 @@ class AffineQuantizedTensor(torch.Tensor):
             y = _linear_fast(*args, **kwargs) if kwargs else _linear_fast(*args)
             if y is not None:
                 return y
-        elif not _is_compiling() and func in _SETTERS:
+        elif func in _SETTERS:
             return _SETTERS[func](*args)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
@@ -323,6 +328,30 @@ class AffineQuantizedTensor(torch.Tensor):
         # Inherited, it would hand out memory that is not there.
         raise BufferError(f"{self!r} has no dense memory to share; use dequantize()")
 
+    def numpy(self, *, force: bool = False) -> Any:
+        raise RuntimeError(
+            f".numpy() is not supported for tensor subclasses: {self!r} has no dense "
+            f"memory; use dequantize(). {NOT_ON_DISK}"
+        )
+
+    def numel(self) -> int:
+        """The number of weights.
+
+        accelerate takes the size of a model to be that, times the bytes of the dtype; it
+        gets the number of elements of that dtype which fit into the bytes of the parts.
+        """
+        if not _is_compiling():
+            caller = sys._getframe(1)
+            if (
+                caller.f_code.co_name == "compute_module_sizes"
+                and caller.f_globals.get("__name__") == "accelerate.utils.modeling"
+            ):
+                unit = self._dtype.itemsize
+                if caller.f_locals.get("dtype") is not None:
+                    unit = min(unit, caller.f_locals["dtype_size"])
+                return -int(-self.nbytes // unit)
+        return super().numel()
+
     def share_memory_(self) -> AffineQuantizedTensor:
         for part in self._parts():
             part.share_memory_()
@@ -330,6 +359,19 @@ class AffineQuantizedTensor(torch.Tensor):
 
     def is_shared(self) -> bool:
         return all(part.is_shared() for part in self._parts())
+
+    # FSDP2 calls them; the number of arguments tells it what to pass.
+    def fsdp_pre_all_gather(self, mesh: Any) -> Any:
+        from .distributed import pre_all_gather
+
+        return pre_all_gather(self)
+
+    def fsdp_post_all_gather(
+        self, gathered: Any, kept: Any, dtype: torch.dtype, *, out: Any = None
+    ) -> Any:
+        from .distributed import post_all_gather
+
+        return post_all_gather(self, gathered, kept, dtype, out)
 
     def requires_grad_(self, requires_grad: bool = True) -> AffineQuantizedTensor:
         """Raises if `requires_grad`: packed weights are frozen.
@@ -341,9 +383,36 @@ class AffineQuantizedTensor(torch.Tensor):
         if requires_grad:
             caller = sys._getframe(1).f_globals.get("__name__", "")
             if not caller.startswith("torch.nn."):
-                raise RuntimeError(f"requires_grad_(True) on {self!r}: {FROZEN}")
+                asked = f"requires_grad_(True) on {self!r}{of_module()}"
+                raise RuntimeError(f"{asked}: {FROZEN}")
             log_once("requires_grad", "Packed weights stay frozen: %s", FROZEN)
         return self
+
+
+def of_module() -> str:
+    """`` of 'a.b'`` for an error, where that module of a model makes the call.
+
+    A tensor knows no name. Who changes a weight, merging adapters say, is a method of a
+    module (or of a wrapper around it) that another one further up the stack holds.
+    """
+    inner: set[int] = set()
+    name = ""
+    frame = sys._getframe(1).f_back
+    while frame is not None:
+        module = frame.f_locals.get("self")
+        frame = frame.f_back
+        if not isinstance(module, nn.Module) or "_modules" not in vars(module):
+            continue
+        if not inner:
+            wrapped = [module._modules.get(own) for own in _WRAPPED]
+            inner = {id(m) for m in (module, *wrapped) if m is not None}
+        name = next(
+            (n for n, m in module.named_modules() if n and id(m) in inner), name
+        )
+    return f" of {name!r}" if name else ""
+
+
+_WRAPPED = ("base_layer", "original_module")  # what PEFT's layers call it
 
 
 _logged: set[str] = set()
@@ -427,10 +496,11 @@ def _set_data(tensor: AffineQuantizedTensor, value: Tensor) -> None:
     """
     if not isinstance(value, AffineQuantizedTensor):
         raise RuntimeError(
-            f"cannot assign {_describe(value)} to the .data of {_describe(tensor)}: "
-            "their storage differs in kind. Replace the parameter itself, or use "
-            "copy_(), which quantizes; dequantize_(module) makes a module dense again, "
-            "to resize its embedding for example"
+            f"cannot assign {_describe(value)} to the .data of {_describe(tensor)}"
+            f"{of_module()}: their storage differs in kind. Replace the parameter "
+            "itself, or use copy_(), which quantizes; dequantize_(module) makes a module "
+            "dense again, to resize its embedding for example, or to start adapters from "
+            "its weight; merge_to_dense(model) merges adapters"
         )
     with torch._C.DisableTorchFunctionSubclass():
         torch.Tensor.data.__set__(tensor, value)  # type: ignore[attr-defined]

@@ -1,11 +1,9 @@
-"""torch.compile, torch.export and AOTInductor on modules with packed weights."""
+"""torch.compile on modules with packed weights: graphs, results, gradients."""
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -323,63 +321,3 @@ def test_a_whole_llama_compiles_as_one_graph(mode: str) -> None:
         torch.testing.assert_close(got, model(IDS, use_cache=False).logits)
     (graph,) = graphs
     assert ours(graph) == {"embedding.default": 1, "linear.default": 2 * 7 + 1}
-
-
-# ---- torch.export ----------------------------------------------------------------
-
-BATCH = ({0: torch.export.Dim("batch")},)
-MORE_IDS = torch.tensor([[4, 3, 2], [1, 0, 9], [8, 8, 8], [40, 41, 42]])
-
-
-def reloaded(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    file = io.BytesIO()
-    torch.export.save(program, file)
-    file.seek(0)
-    return torch.export.load(file)
-
-
-def operators(program: torch.export.ExportedProgram) -> Counter[str]:
-    calls = (n for n in program.graph.nodes if n.op == "call_function")
-    return Counter(str(node.target) for node in calls)
-
-
-@pytest.mark.parametrize("strict", [False, True])
-def test_a_model_is_exported_saved_and_loaded(strict: bool) -> None:
-    model = Model()
-    want = model(MORE_IDS)
-    program = torch.export.export(model, (IDS,), dynamic_shapes=BATCH, strict=strict)
-    assert operators(program)["aten.linear.default"] == 5
-    torch.testing.assert_close(program.module()(MORE_IDS), want)
-    torch.testing.assert_close(reloaded(program).module()(MORE_IDS), want)
-    lowered = program.run_decompositions()
-    assert ours(operators(lowered)) == {"embedding.default": 1, "linear.default": 5}
-    assert not products(operators(lowered))
-    torch.testing.assert_close(lowered.module()(MORE_IDS), want)
-    torch.testing.assert_close(reloaded(lowered).module()(MORE_IDS), want)
-
-
-def _compile_ahead_of_time(model: nn.Module, path: str) -> None:
-    with torch.no_grad():
-        program = torch.export.export(model, (IDS,), dynamic_shapes=BATCH)
-        package = torch._inductor.aoti_compile_and_package(program, package_path=path)
-        loaded = torch._inductor.aoti_load_package(package)
-        torch.testing.assert_close(loaded(MORE_IDS), model(MORE_IDS))
-
-
-def _exit_code_of_compiling(model: nn.Module, path: Path) -> int | None:
-    """In a process of its own: some builds of torch crash when they load a package."""
-    context = torch.multiprocessing.get_context("spawn")
-    process = context.Process(target=_compile_ahead_of_time, args=(model, str(path)))
-    process.start()
-    process.join()
-    return process.exitcode
-
-
-@needs_compiler
-def test_a_model_is_compiled_ahead_of_time(tmp_path: Path) -> None:
-    code = _exit_code_of_compiling(Model(blocks=1), tmp_path / "packed.pt2")
-    if code:
-        dense = nn.Sequential(nn.Embedding(48, 64), nn.Linear(64, 6))
-        if _exit_code_of_compiling(dense, tmp_path / "dense.pt2"):
-            pytest.skip("this torch does not load what it made of a dense nn.Linear")
-    assert code == 0

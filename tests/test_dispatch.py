@@ -942,8 +942,8 @@ def test_writing_names_what_to_call_instead() -> None:
         wrapped(str(error.value)),
         """\
 aten.add_.Tensor on a packed weight: A packed weight cannot be trained or
-  changed in place. Train adapters beside it, or make it dense with
-  dequantize_(model)""",
+  changed in place. Train adapters beside it, which merge_to_dense(model)
+  merges, or make it dense with dequantize_(model)""",
     )
 
 

@@ -532,7 +532,8 @@ cannot assign a float32 tensor of shape [6, 64] to the .data of
   AffineQuantizedTensor(shape=[6, 64], dtype=float32, bits=4, group_size=32,
   device='cpu'): their storage differs in kind. Replace the parameter
   itself, or use copy_(), which quantizes; dequantize_(module) makes a
-  module dense again, to resize its embedding for example""",
+  module dense again, to resize its embedding for example, or to start
+  adapters from its weight; merge_to_dense(model) merges adapters""",
         )
 
 
@@ -559,12 +560,12 @@ def test_one_packed_weight_refuses_to_require_grad() -> None:
         """\
 requires_grad_(True) on AffineQuantizedTensor(shape=[6, 64], dtype=float32,
   bits=4, group_size=32, device='cpu'): A packed weight cannot be trained or
-  changed in place. Train adapters beside it, or make it dense with
-  dequantize_(model)
+  changed in place. Train adapters beside it, which merge_to_dense(model)
+  merges, or make it dense with dequantize_(model)
 requires_grad = True on AffineQuantizedTensor(shape=[6, 64], dtype=float32,
   bits=4, group_size=32, device='cpu'): A packed weight cannot be trained or
-  changed in place. Train adapters beside it, or make it dense with
-  dequantize_(model)""",
+  changed in place. Train adapters beside it, which merge_to_dense(model)
+  merges, or make it dense with dequantize_(model)""",
     )
     assert weight.requires_grad_(False) is weight
     weight.requires_grad = False
@@ -587,7 +588,8 @@ def test_a_model_freezes_and_unfreezes_what_is_dense(
         wrapped(record.getMessage()),
         """\
 Packed weights stay frozen: A packed weight cannot be trained or changed in
-  place. Train adapters beside it, or make it dense with dequantize_(model)""",
+  place. Train adapters beside it, which merge_to_dense(model) merges, or
+  make it dense with dequantize_(model)""",
     )
 
 

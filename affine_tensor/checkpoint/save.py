@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .. import layout
+from ..distributed import check_unsharded
 from ..quantize import slots
 from ..tensor import AffineQuantizedTensor, logger
 from .companions import origin_of, write_companions, write_json
@@ -183,6 +184,7 @@ def _write(
     progress: bool = True,
 ) -> None:
     """Write all of a checkpoint into an empty folder."""
+    check_unsharded(model)
     scales = _scale_dtype(model, dtype)
     entries = _entries(model, scales, unsupported, report)
     counts_as = (_packed(model) and scales) or _model_dtype(model)

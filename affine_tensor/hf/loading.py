@@ -81,6 +81,7 @@ def load(
             )
         tensors = checkpoint.tensors.items()
         loading.state = {name: DenseTensor(stored) for name, stored in tensors}
+        _refuse_parallel(folder, kwargs)
         kwargs["quantization_config"] = quantization_config
     if getattr(config, "dtype", None) is None:
         config.dtype = _named_dtype(checkpoint.config) or _main_dtype(checkpoint)
@@ -134,9 +135,6 @@ _GENERATORS = {
 _REFUSED = {
     "key_mapping": "names are found by affine_tensor's own rules; rename the tensors in "
     "the files, or load them with load_checkpoint_ into a model that has these names",
-    "tp_plan": "tensor parallelism is not there yet; device_map is",
-    "tp_size": "tensor parallelism is not there yet; device_map is",
-    "distributed_config": "distributed loading is not there yet; device_map is",
 }
 
 
@@ -144,6 +142,28 @@ def _refuse(kwargs: dict[str, Any]) -> None:
     for name, reason in _REFUSED.items():
         if kwargs.get(name) is not None:
             raise ValueError(f"{name} is not taken with packed weights: {reason}")
+    given = kwargs.get("distributed_config")
+    for name in ("fsdp_size", "dp_replicate_size", "pp_size"):
+        size = (
+            given.get(name) if isinstance(given, dict) else getattr(given, name, None)
+        )
+        if (size or 1) > 1:
+            raise ValueError(
+                f"distributed_config has {name}={size}; packed weights are loaded in "
+                "parallel by tp_size and ep_size only. Load the model, and call "
+                "fully_shard on its layers for FSDP2"
+            )
+
+
+def _refuse_parallel(folder: Path, kwargs: dict[str, Any]) -> None:
+    """A process that has a shard cannot quantize it as the whole would be."""
+    for name in ("tp_plan", "tp_size", "distributed_config"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{name} is not taken while a dense checkpoint is quantized, and {folder} "
+                "is dense. Write it as an MLX checkpoint first (affine_tensor.convert), "
+                "and load that"
+            )
 
 
 def _set_quantization(

@@ -108,6 +108,7 @@ def from_pretrained(
 
 # What is not a setting of the configuration, and goes to transformers' from_pretrained.
 _PASSED = (
+    "distributed_config",
     "experts_implementation",
     "generation_config",
     "max_memory",
@@ -115,6 +116,8 @@ _PASSED = (
     "offload_folder",
     "output_loading_info",
     "sink",
+    "tp_plan",
+    "tp_size",
     "trust_remote_code",
     "use_kernels",
 )

@@ -25,6 +25,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from .. import layout
 from ..checkpoint.files import Checkpoint, StoredTensor, cast, move
+from ..checkpoint.forms import Stored
 from ..checkpoint.load import (
     LoadReport,
     Plan,
@@ -33,25 +34,13 @@ from ..checkpoint.load import (
     check_repeated,
     make_plan,
 )
+from ..checkpoint.mlx import AffineWeight
 from ..checkpoint.names import Names, is_tower
+from ..distributed import freeze_shards
 from ..quantize import AffineConfig, dequantize_
 from ..tensor import AffineQuantizedTensor, logger
 from .config import METHOD, AffineQuantizationConfig
-
-
-class Lazy:
-    """A tensor of a state dict, which is read when transformers takes it to a device."""
-
-    dtype: torch.dtype
-
-    def is_floating_point(self) -> bool:
-        return self.dtype.is_floating_point
-
-    def __getitem__(self, index: Any) -> Lazy:
-        return self  # transformers writes tensor[...] to read
-
-    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
-        raise NotImplementedError
+from .lazy import Lazy, Whole
 
 
 @dataclass
@@ -70,18 +59,34 @@ class Loading:
 current: ContextVar[Loading | None] = ContextVar("affine_tensor_loading", default=None)
 
 
-class _PlannedTensor(Lazy):
+class _PlannedTensor(Whole):
     def __init__(
         self, item: Planned, dtype: torch.dtype, dense: bool, report: LoadReport
     ) -> None:
         self.item, self.dtype, self.dense, self.report = item, dtype, dense, report
+        self.name = item.target.name
 
-    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
-        value = self.item.read(self.dtype, torch.device(device or "cpu"))
+    def get_shape(self) -> list[int]:
+        return list(self.item.target.parameter.shape)
+
+    def read(self, device: torch.device) -> Tensor:
+        value = self.item.read(self.dtype, device)
         if self.dense and isinstance(value, AffineQuantizedTensor):
             value = value.dequantize(self.dtype).contiguous()
         elif self.dense and hasattr(value, "affine_parts"):
             del value.affine_parts
+        return value
+
+    def read_rows(self, start: int, stop: int) -> Tensor | None:
+        leaves = list(self.item.leaves.values())
+        if self.dense or not isinstance(self.item.form, Stored) or len(leaves) != 1:
+            return None
+        leaf = leaves[0]
+        if type(leaf) is not AffineWeight or list(leaf.shape) != self.get_shape():
+            return None
+        return leaf.experts(start, stop).read(self.dtype, torch.device("cpu"))
+
+    def finish(self, value: Tensor) -> Tensor:
         self.report.note(self.item, value)
         if isinstance(value, AffineQuantizedTensor):
             return nn.Parameter(value, requires_grad=False)
@@ -263,6 +268,7 @@ class AffineQuantizer(HfQuantizer):
     # ---- afterwards -----------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        freeze_shards(model)
         loading, self._loading, self._names = self._loading, None, None
         if loading is not None and loading.plan is not None:
             check_repeated(loading.plan)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.companions import has_tokenizer, origin_of
 from ..checkpoint.save import Unsupported, merge_checkpoint
+from ..distributed import check_unsharded, local_of
 from ..tensor import AffineQuantizedTensor
 from .config import METHOD
 
@@ -29,7 +30,7 @@ def install() -> None:
     def save_pretrained(
         self: Any, save_directory: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        parameters = list(self.parameters())
+        parameters = [local_of(parameter) for parameter in self.parameters()]
         if getattr(self, "_hf_peft_config_loaded", False):
             return stock(self, save_directory, *args, **kwargs)  # the adapter alone
         if not any(isinstance(p, AffineQuantizedTensor) for p in parameters):
@@ -109,6 +110,7 @@ def _save_packed(
 
 def _check_whole(model: Any) -> None:
     """Raise ValueError for a model that is not all here, or not it alone."""
+    check_unsharded(model)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(
