@@ -106,6 +106,15 @@ def alignment(*bytes_: int) -> int:
     return together & -together
 
 
+def blocks_of(product: Product, tokens: int) -> int:
+    """How many blocks of so many rows of x; experts' rows are sorted by expert."""
+    if product.grouping != 2:
+        return up(product.m, tokens)
+    # Each expert begins one of its own, and so does the rest.
+    begun = min(product.experts + 1, product.m)
+    return (product.m + begun * (tokens - 1)) // tokens
+
+
 def up(value: int, unit: int) -> int:
     """How many units make up for a value."""
     return -(-value // unit)

@@ -11,6 +11,7 @@ from .base import (
     Plan,
     Product,
     Sizes,
+    blocks_of,
     defines_of,
     format_of,
     up,
@@ -90,10 +91,7 @@ def matmul_plan(
     shared, tokens = matmul_shared(product, nt, wt, wn, steps, stages)
     if shared * blocks > product.shared:
         return None
-    tiles = up(product.m, tokens)
-    if product.grouping == 2:  # each expert begins one of its own, and so does the rest
-        begun = min(product.experts + 1, product.m)
-        tiles = (product.m + begun * (tokens - 1)) // tokens
+    tiles = blocks_of(product, tokens)
     if tiles > 65535:
         return None
     defines = {

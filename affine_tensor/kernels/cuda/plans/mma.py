@@ -14,6 +14,7 @@ from .base import (
     Plan,
     Product,
     Sizes,
+    blocks_of,
     defines_of,
     format_of,
     needs_sums,
@@ -172,10 +173,7 @@ def mma_plan(
     if shared > product.shared or ks % (64 * wk):
         return None
     early = (overlaps(product) and ck == 1) if pdl is None else pdl
-    tiles = up(product.m, 8 * nt)
-    if product.grouping == 2:  # each expert begins one of its own, and so does the rest
-        begun = min(product.experts + 1, product.m)
-        tiles = (product.m + begun * (8 * nt - 1)) // (8 * nt)
+    tiles = blocks_of(product, 8 * nt)
     if tiles > 65535:
         return None
     defines = {
