@@ -529,8 +529,11 @@ def test_a_revision_in_a_cache(server: HubServer, load: Load, tmp_path: Path) ->
         assert model.generation_config.eos_token_id == 9
         assert model.config._name_or_path == "org/model"
         assert next(cache.rglob(ONE)).parent.name == commit
-        # All of it: nothing went to the usual place.
-        assert not list(Path(constants.HF_HUB_CACHE).rglob("*.json"))
+        # All of it: nothing went to the usual place. (Where peft is installed
+        # transformers' Auto classes ask for an adapter without naming the cache; that
+        # there is none is noted there.)
+        found = {path.name for path in Path(constants.HF_HUB_CACHE).rglob("*.json")}
+        assert found <= {"adapter_config.json"}
 
 
 def test_pushing_and_loading_back(server: HubServer, load: Load) -> None:
