@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import dispatch as _dispatch  # noqa: F401  (fills the table of operators)
 from . import distributed as _distributed  # noqa: F401  (adds the collectives)
+from . import low_rank as _low_rank  # noqa: F401  (adds PEFT's sums)
 from .checkpoint.files import CheckpointError
 from .checkpoint.load import LoadReport, load_checkpoint_
 from .checkpoint.save import SaveReport, save_checkpoint

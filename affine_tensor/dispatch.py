@@ -3,8 +3,8 @@
 A handler takes ``(func, args, kwargs)`` as `__torch_dispatch__` gets them. Dimensions
 are those of the tensor as it is shown; `_stored` maps them to those of the parts, which
 differ where the tensor is transposed. Operators that are not here dequantize, say so
-once in the log, and run on the dense weight (of a view too, which is then a copy); those
-that write into a packed weight raise.
+once in the log, and run on the dense weight (of a view too, which is then a copy that
+cannot be written to); those that write into a packed weight raise.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
 from . import layout, ops
+from .copied import CopiedPart, written
 from .tensor import (
     FALLBACK,
     FROZEN,
     NOT_ON_DISK,
     AffineQuantizedTensor,
+    Handler,
     implements,
     log_once,
     of_module,
@@ -79,17 +81,23 @@ def _fallback(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     _refuse_to_write(func, args, kwargs)
     text = "%s dequantizes a packed weight on each call: it has no kernel for one"
     if func.is_view:
-        text += ". What it gives is a copy: writing to it changes no weight"
+        text += ". What it gives is a copy, which cannot be written to"
     log_once(str(func), text, func)
-    with _as_view(args[0]) if func.is_view else nullcontext():
+    weight = args[0] if func.is_view else None
+    with nullcontext() if weight is None else _as_view(weight):
         args, kwargs = tree_map_only(
             AffineQuantizedTensor, lambda weight: weight.dequantize(), (args, kwargs)
         )
         result = func(*args, **kwargs)
-    if func.is_view:
-        for one in result if isinstance(result, (list, tuple)) else [result]:
-            one._copy_of_packed = True
-    return result
+        return result if weight is None else _copied(weight, result)
+
+
+def _copied(weight: AffineQuantizedTensor, result: Any) -> Any:
+    """Dense results of a view of `weight`, guarded against writing."""
+    if isinstance(result, (list, tuple)):
+        return [_copied(weight, one) for one in result]
+    unit = math.lcm(weight.group_size, 32 // math.gcd(weight.bits, 32))
+    return CopiedPart(result, repr(weight), unit)
 
 
 def _as_view(base: Tensor) -> Any:
@@ -101,15 +109,8 @@ def _as_view(base: Tensor) -> Any:
 
 def _refuse_to_write(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
     """Raise if `func` would write into a packed weight."""
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        value = args[position] if position < len(args) else kwargs.get(argument.name)
-        values = value if isinstance(value, (list, tuple)) else [value]
-        if any(_is_packed(v) for v in values):
-            raise NotImplementedError(
-                f"{func} on a packed weight{of_module()}: {FROZEN}"
-            )
+    if any(_is_packed(value) for value in written(func, args, kwargs)):
+        raise NotImplementedError(f"{func} on a packed weight{of_module()}: {FROZEN}")
 
 
 def _dense(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -238,13 +239,27 @@ def _grouped_mm_of_transformers_backward(
 
 
 # Operators that exist once their own package has been imported, so known by name.
+_FOREIGN: dict[str, Handler] = {}
+
+
+def implement_foreign(handler: Handler, *names: str) -> None:
+    """Enter a handler for operators of other packages: ``"namespace.name.overload"``.
+
+    Raises ValueError where another handler has the name.
+    """
+    for name in names:
+        if _FOREIGN.setdefault(name, handler) is not handler:
+            raise ValueError(f"{name} has a handler: {_FOREIGN[name].__name__}")
+
+
 # transformers' experts have these where they compile in another dtype than bfloat16.
-_FOREIGN: dict[str, Callable[..., Any]] = {
-    "transformers.grouped_mm_fallback.default": _grouped_mm_of_transformers,
-    "transformers.grouped_mm_fallback_backward.default": (
-        _grouped_mm_of_transformers_backward
-    ),
-}
+implement_foreign(
+    _grouped_mm_of_transformers, "transformers.grouped_mm_fallback.default"
+)
+implement_foreign(
+    _grouped_mm_of_transformers_backward,
+    "transformers.grouped_mm_fallback_backward.default",
+)
 
 
 @implements(aten.embedding.default)
@@ -259,6 +274,27 @@ def _aten_embedding(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> A
             .view(*ids.shape, weight.shape[1])
         )
     return _embedding(ids, *_operands(weight)[:3], **_format(weight))
+
+
+@implements(aten.add.Tensor)
+def _add(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The sum that DoRA takes the norm of is dense by nature, and so no slow path.
+
+    It is made in the memory of the dense weight. Other sums are mostly weights to
+    multiply with, and how they are made belongs in the log.
+    """
+    weight, other, alpha = _arguments(func, args, kwargs)
+    if (
+        not _is_packed(weight)
+        or type(other) is not Tensor
+        or other.shape != weight.shape
+        or not is_called_from("peft.tuners.lora.dora")
+    ):
+        return _dense(func, args, kwargs)
+    dense = weight.dequantize()
+    if torch.result_type(dense, other) != dense.dtype:
+        return torch.add(dense, other, alpha=alpha)
+    return dense.add_(other, alpha=alpha)
 
 
 @implements(aten.embedding_renorm_.default)
@@ -319,14 +355,12 @@ def _copy(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     target, source = args[:2]
     non_blocking = _arguments(func, args, kwargs)[2]
     if not _is_packed(target):
-        if hasattr(target, "_copy_of_packed"):
-            raise RuntimeError(
-                f"copy_ of {source!r} into what is a copy of a part of a packed weight: "
-                "that part is not whole groups and words, or its channels are permuted, "
-                "and the weight would not change"
-            )
         return target.copy_(source.dequantize(), non_blocking)
     if not _is_packed(source):
+        if is_called_from("peft."):  # a merge, of which quantizing would lose most
+            raise NotImplementedError(
+                f"{func} into a packed weight{of_module()}: {FROZEN}"
+            )
         source = _quantized_like(target, source)
     _check_same_format(target, source)
     for to, part in zip(target._parts(), source._parts(), strict=True):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .dispatch import _FOREIGN, _sliced, _stored, is_called_from
-from .tensor import AffineQuantizedTensor
+from .dispatch import _sliced, _stored, implement_foreign, is_called_from
+from .tensor import AffineQuantizedTensor, local_of
 
 
 def cut(
@@ -69,12 +69,6 @@ def _plan_entry() -> str:
     return name
 
 
-def local_of(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor: the shard of a DTensor, else all of it."""
-    local = getattr(tensor, "_local_tensor", None)
-    return tensor if local is None else local
-
-
 def freeze_shards(model: nn.Module) -> None:
     """Freeze the DTensor parameters whose shards are packed; others stay as they are."""
     for parameter in model.parameters():
@@ -94,6 +88,38 @@ def check_unsharded(model: nn.Module) -> None:
             )
 
 
+# ---- state dicts that one process sends ---------------------------------------------
+
+NO_BROADCAST = (
+    "broadcast_from_rank0 sends a state dict to processes that only know shapes, and "
+    "make dense tensors to receive packed weights. Give every process the whole state "
+    "dict (full_state_dict=True alone), or use torch.distributed.checkpoint"
+)
+
+
+class _Refusal:
+    """Raises NO_BROADCAST in each process that unpickles it."""
+
+    def __reduce__(self) -> Any:
+        return _refuse, ()
+
+
+def _refuse() -> None:
+    raise NotImplementedError(NO_BROADCAST)
+
+
+def refuse_broadcast(group: Any) -> None:
+    """Raise NotImplementedError in every process of `group`.
+
+    To be called by the one that has the weights, while the others wait for what torch
+    would send first: an object that says which shapes will come. They get the refusal
+    in its place; else they would wait, for ever or until their time is up, for tensors
+    that the first, having raised, does not send.
+    """
+    distributed.broadcast_object_list([_Refusal()], src=0, group=group)
+    _refuse()
+
+
 # ---- collectives ----------------------------------------------------------------
 
 
@@ -105,12 +131,7 @@ def _in_parts(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     weights = [w for w in tree_leaves(args) if isinstance(w, AffineQuantizedTensor)]
     _check_alike(func, weights)
     if is_called_from("torch.distributed._state_dict_utils"):
-        raise NotImplementedError(
-            "broadcast_from_rank0 sends a state dict to processes that only know shapes, "
-            "and make dense tensors to receive packed weights. Give every process the "
-            "whole state dict (full_state_dict=True alone), or use "
-            "torch.distributed.checkpoint"
-        )
+        raise NotImplementedError(NO_BROADCAST)
     result: Any = None
     for number in range(len(weights[0]._parts())):
         _wait(result)
@@ -171,27 +192,27 @@ def _wait_now(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     return args[0]._map(torch.ops._c10d_functional.wait_tensor.default)
 
 
-_FOREIGN |= {
-    f"{name}.default": handler
-    for handler, names in {
-        _in_parts: (
-            "c10d.scatter_",
-            "c10d.broadcast_",
-            "c10d.gather_",
-            "c10d.allgather_",
-            "c10d.alltoall_",
-            "c10d.send",
-            "c10d.recv_",
-        ),
-        _functional: (
-            "_c10d_functional.all_gather_into_tensor",
-            "_c10d_functional.all_to_all_single",
-        ),
-        _on_each: ("_c10d_functional.broadcast", "_c10d_functional.wait_tensor"),
-        _wait_now: ("_c10d_functional._wrap_tensor_autograd",),
-    }.items()
-    for name in names
-}
+implement_foreign(
+    _in_parts,
+    "c10d.scatter_.default",
+    "c10d.broadcast_.default",
+    "c10d.gather_.default",
+    "c10d.allgather_.default",
+    "c10d.alltoall_.default",
+    "c10d.send.default",
+    "c10d.recv_.default",
+)
+implement_foreign(
+    _functional,
+    "_c10d_functional.all_gather_into_tensor.default",
+    "_c10d_functional.all_to_all_single.default",
+)
+implement_foreign(
+    _on_each,
+    "_c10d_functional.broadcast.default",
+    "_c10d_functional.wait_tensor.default",
+)
+implement_foreign(_wait_now, "_c10d_functional._wrap_tensor_autograd.default")
 
 
 # ---- FSDP2 ----------------------------------------------------------------------

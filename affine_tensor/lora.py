@@ -28,6 +28,9 @@ def prepare_for_lora(model: Model, *, gradient_checkpointing: bool = True) -> Mo
     kind would need. No parameter is cast: dense ones, norms as a rule, stay frozen in
     the dtype that they have, and PEFT itself makes the adapters float32.
 
+    Training makes no packed weight dense, but for the norms of DoRA, one weight at a
+    time, and experts with several active adapters, which the log then says.
+
     Call it before ``get_peft_model`` or ``add_adapter``: it would freeze adapters, so it
     raises ValueError where there are some; also where `gradient_checkpointing` is asked
     of a model that has none.
@@ -286,8 +289,11 @@ def _merge(name: str, layer: Any, names: list[str] | None) -> None:
     kept = list(layer.merged_adapters)
     try:
         layer.merge(safe_merge=True, adapter_names=names)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        reason = str(error) or f"{type(layer).__name__} has no merge"
+        raise ValueError(f"{name}: {reason}") from error
     finally:
         layer.merged_adapters[:] = kept
 

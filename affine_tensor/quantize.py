@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from tqdm.auto import tqdm
 
 from . import layout
-from .tensor import AffineQuantizedTensor, logger
+from .tensor import AffineQuantizedTensor, local_of, logger
 
 
 @dataclass(frozen=True)
@@ -322,12 +322,14 @@ class Footprint:
 def footprint(model: nn.Module) -> Footprint:
     """Bits, group size, bytes and bits per weight of each parameter and buffer.
 
-    A shared parameter counts once; one of a lazy module, as yet without a shape, takes
-    nothing. Printing it joins the layers that are alike.
+    A shared parameter counts once, and so does memory that several share: the first has
+    it. Of a tensor that is sharded over processes, the shard that is here counts, and its
+    shape. One of a lazy module, as yet without a shape, takes nothing. Printing it joins
+    the layers that are alike.
     """
-    rows = []
+    rows, count = [], _Memory()
     for slot in slots(model).values():
-        module, weight = slot.places[0][1], slot.parameter
+        module, weight = slot.places[0][1], local_of(slot.parameter)
         bits, group_size = 8 * weight.dtype.itemsize, None
         lazy = torch.nn.parameter.is_lazy(weight)
         if isinstance(weight, AffineQuantizedTensor):
@@ -340,15 +342,42 @@ def footprint(model: nn.Module) -> Footprint:
                 shape=(0,) if lazy else tuple(weight.shape),
                 bits=bits,
                 group_size=group_size,
-                bytes=0 if lazy else weight.nbytes,
+                bytes=0 if lazy else count(weight),
                 tied=others[1:],
             )
         )
     for name, buffer in model.named_buffers():
-        bits = 8 * buffer.element_size()
-        shape = tuple(buffer.shape)
-        rows.append(FootprintRow(name, "buffer", shape, bits, None, buffer.nbytes))
+        here = local_of(buffer)
+        bits, shape = 8 * here.dtype.itemsize, tuple(here.shape)
+        rows.append(FootprintRow(name, "buffer", shape, bits, None, count(here)))
     return Footprint(tuple(rows))
+
+
+class _Memory:
+    """Counts the bytes of tensors, and no byte twice."""
+
+    def __init__(self) -> None:
+        self._seen: set[tuple] = set()
+        self._counted: dict[int, int] = {}  # bytes of each storage
+
+    def __call__(self, tensor: Tensor) -> int:
+        """The bytes of a tensor's parts that have not been counted yet."""
+        if is_traceable_wrapper_subclass(tensor):
+            names = tensor.__tensor_flatten__()[0]
+            return sum(self(getattr(tensor, name)) for name in names)
+        if tensor.layout != torch.strided:
+            return tensor.nbytes
+        storage = tensor.untyped_storage()
+        where = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+        view = (storage._cdata, tensor.dtype, *where)
+        if view in self._seen:
+            return 0
+        self._seen.add(view)
+        # Views may overlap; together they are no more than the memory behind them.
+        before = self._counted.get(storage._cdata, 0)
+        after = min(before + tensor.nbytes, storage.nbytes())
+        self._counted[storage._cdata] = max(before, after)
+        return max(before, after) - before
 
 
 def _pattern(name: str) -> str:

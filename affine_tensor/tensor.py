@@ -295,8 +295,8 @@ class AffineQuantizedTensor(torch.Tensor):
             y = _linear_fast(*args, **kwargs) if kwargs else _linear_fast(*args)
             if y is not None:
                 return y
-        elif func in _SETTERS:
-            return _SETTERS[func](*args)
+        elif func in FUNCTIONS:
+            return FUNCTIONS[func](*args, **(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -351,6 +351,29 @@ class AffineQuantizedTensor(torch.Tensor):
                     unit = min(unit, caller.f_locals["dtype_size"])
                 return -int(-self.nbytes // unit)
         return super().numel()
+
+    # get_memory_footprint of transformers and diffusers multiplies these two.
+    def nelement(self) -> int:
+        """The number of weights; of bytes, where a memory footprint is taken."""
+        return self.nbytes if _is_footprint() else super().nelement()
+
+    def element_size(self) -> int:
+        """Bytes of the dtype; 1 where a memory footprint is taken."""
+        return 1 if _is_footprint() else super().element_size()
+
+    def size(self, dim: Any = None) -> Any:
+        """The shape, or the length of one dimension."""
+        if dim is None and not _is_compiling():
+            caller = sys._getframe(1)
+            if (
+                caller.f_code.co_name == "_broadcast_state_dict"
+                and caller.f_globals.get("__name__")
+                == "torch.distributed._state_dict_utils"
+            ):
+                from .distributed import refuse_broadcast
+
+                refuse_broadcast(caller.f_locals.get("pg"))
+        return super().size(dim)
 
     def share_memory_(self) -> AffineQuantizedTensor:
         for part in self._parts():
@@ -413,6 +436,28 @@ def of_module() -> str:
 
 
 _WRAPPED = ("base_layer", "original_module")  # what PEFT's layers call it
+
+
+def _is_footprint() -> bool:
+    """Whether the caller's caller adds up a model's bytes in `get_memory_footprint`."""
+    if _is_compiling():
+        return False
+    frame = sys._getframe(2)
+    if frame.f_code.co_name == "<genexpr>" and frame.f_back is not None:
+        frame = frame.f_back
+    return (
+        frame.f_code.co_name == "get_memory_footprint"
+        and str(frame.f_globals.get("__name__")).partition(".")[0] in _COUNTING
+    )
+
+
+_COUNTING = ("transformers", "diffusers")
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor: the shard of a DTensor, else all of it."""
+    local = getattr(tensor, "_local_tensor", None)
+    return tensor if local is None else local
 
 
 _logged: set[str] = set()
@@ -512,7 +557,21 @@ def _set_data(tensor: AffineQuantizedTensor, value: Tensor) -> None:
 
 def _set_requires_grad(tensor: Tensor, value: bool) -> None:
     if value:
-        raise RuntimeError(f"requires_grad = True on {_describe(tensor)}: {FROZEN}")
+        asked = f"requires_grad = True on {_describe(tensor)}{_of_holder(tensor)}"
+        raise RuntimeError(f"{asked}: {FROZEN}")
+
+
+def _of_holder(tensor: Tensor) -> str:
+    """`` of 'a.b'``, where a function that goes through a `model` asks it of a weight."""
+    frame = sys._getframe(1).f_back
+    while frame is not None:
+        model = frame.f_locals.get("model")
+        frame = frame.f_back
+        if isinstance(model, nn.Module) and "_modules" in vars(model):
+            for name, module in model.named_modules():
+                if any(own is tensor for own in module._parameters.values()):
+                    return f" of {name!r}"
+    return ""
 
 
 def _set_item(tensor: Tensor, index: Any, value: Any) -> None:
@@ -532,8 +591,9 @@ def _refuse(tensor: Tensor, *others: Any) -> None:
     )
 
 
+# What is caught above autograd; low_rank.py adds to it.
 # Each access of a descriptor's method makes a new object; they hash and compare equal.
-_SETTERS: dict[Any, Callable[..., None]] = {
+FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     torch.Tensor.requires_grad.__set__: _set_requires_grad,  # type: ignore[attr-defined]
     torch.Tensor.__setitem__: _set_item,

@@ -40,10 +40,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="keep the adapter and the model there")
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--prompts", type=int, default=12, help="to complete each time")
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
     corpus = load_corpus()
-    asked = prompts(corpus.held_out)
+    asked = prompts(corpus.held_out, options.prompts)
 
     base = from_pretrained(CHECKPOINT)
     print(f"before: {capitals(base, tokenizer, asked):.0%} of the letters are capital")
@@ -98,7 +99,7 @@ def examples(
     return found
 
 
-def prompts(sources: Sequence[Source], count: int = 12) -> list[str]:
+def prompts(sources: Sequence[Source], count: int) -> list[str]:
     """Functions up to the quotes that open their docstring, of modules never seen."""
     found = [before + QUOTES for before, _, _ in functions(sources) if len(before) < 80]
     return random.Random(1).sample(found, min(count, len(found)))

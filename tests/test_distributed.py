@@ -38,7 +38,12 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from affine_tensor import AffineConfig, AffineQuantizedTensor, quantize_
+from affine_tensor import (
+    AffineConfig,
+    AffineQuantizedTensor,
+    footprint,
+    quantize_,
+)
 
 FULL = StateDictOptions(full_state_dict=True)
 
@@ -215,14 +220,64 @@ def case_fsdp_state_dict_round_trip(folder: Path) -> None:
         torch.testing.assert_close(other(IDS), build()(IDS), rtol=0, atol=0)
 
 
-def case_broadcast_from_rank_0_is_refused(folder: Path) -> None:
-    """The other processes would receive into dense tensors of the logical shape."""
+def case_broadcast_from_rank0_is_refused_by_all(folder: Path) -> None:
+    """The others know shapes only, and would wait for what the first does not send."""
+    sent = build().state_dict() if gloo.rank() == 0 else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    models = [shard(build()), build()]
+    with torch.device("meta"):
+        models.append(shard(build_on_meta()))
+    for model in models:
+        with pytest.raises(NotImplementedError, match="broadcast_from_rank0"):
+            set_model_state_dict(model, sent, options=options)
+        distributed.barrier()
+    torch.testing.assert_close(models[0](IDS), build()(IDS), rtol=0, atol=0)
+
+
+def build_on_meta() -> Model:
+    model = Model()
+    quantize_(model, AffineConfig(4, 32), progress=False)
+    return model
+
+
+def case_broadcast_from_rank0_is_refused_in_a_group(folder: Path) -> None:
+    """Of some of the processes, here of the first alone."""
     alone = distributed.new_group([0])
     if gloo.rank() == 0:
         with pytest.raises(NotImplementedError, match="broadcast_from_rank0"):
             _broadcast_state_dict(
                 {"w": make(64, 128)}, {}, torch.device("cpu"), pg=alone
             )
+
+
+def case_broadcast_from_rank0_of_dense_weights_quantizes(folder: Path) -> None:
+    """Rows are quantized each for itself, so shards are as the whole would be."""
+    torch.manual_seed(7)
+    dense = Model()
+    want = copy.deepcopy(dense)
+    quantize_(want, AffineConfig(4, 32), progress=False)
+    model = shard(emptied(copy.deepcopy(want)))
+    sent = dense.state_dict() if gloo.rank() == 0 else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, sent, options=options)
+    assert packed_locals(model).keys() >= NAMES
+    torch.testing.assert_close(model(IDS), want(IDS), rtol=0, atol=0)
+
+
+def case_footprint_is_that_of_the_shards(folder: Path) -> None:
+    model, alone = build(), footprint(build())
+    shard(model)
+    here = footprint(model)
+    held = 0
+    for parameter in model.parameters():
+        local = parameter.to_local()
+        parts = local._parts() if isinstance(local, AffineQuantizedTensor) else [local]
+        held += sum(part.numel() * part.element_size() for part in parts)
+    assert here.bytes == held
+    assert 0.4 < here.bytes / alone.bytes < 0.6
+    rows = {row.name: row for row in here.rows}
+    assert rows["head.weight"].bits == 8
+    assert rows["head.weight"].shape == (51 - gloo.rank(), 64)
 
 
 def case_fsdp_own_state_dict_is_loaded(folder: Path) -> None:

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.companions import has_tokenizer, origin_of
 from ..checkpoint.save import Unsupported, merge_checkpoint
-from ..distributed import check_unsharded, local_of
-from ..tensor import AffineQuantizedTensor
+from ..distributed import check_unsharded
+from ..tensor import AffineQuantizedTensor, local_of
 from .config import METHOD
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
