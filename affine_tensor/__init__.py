@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from . import dispatch as _dispatch  # noqa: F401  (fills the table of operators)
 from . import distributed as _distributed  # noqa: F401  (adds the collectives)
 from . import low_rank as _low_rank  # noqa: F401  (adds PEFT's sums)
+from .calibrate import CalibrationReport, calibrate_, choose_bits
 from .checkpoint.files import CheckpointError
 from .checkpoint.load import LoadReport, load_checkpoint_
 from .checkpoint.save import SaveReport, save_checkpoint
@@ -33,11 +34,14 @@ __all__ = [
     "AffineConfig",
     "AffineQuantizationConfig",
     "AffineQuantizedTensor",
+    "CalibrationReport",
     "CheckpointError",
     "LoadReport",
     "MergeReport",
     "SaveReport",
     "__version__",
+    "calibrate_",
+    "choose_bits",
     "convert",
     "dequantize_",
     "fold_permutations_",

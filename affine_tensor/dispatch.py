@@ -278,12 +278,17 @@ def _aten_embedding(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> A
 
 @implements(aten.add.Tensor)
 def _add(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The sum that DoRA takes the norm of is dense by nature, and so no slow path.
+    """The sum that DoRA takes the norm of is dense by nature, and so no slow path, and
+    so are positions added to what a batch reads.
 
     It is made in the memory of the dense weight. Other sums are mostly weights to
     multiply with, and how they are made belongs in the log.
     """
     weight, other, alpha = _arguments(func, args, kwargs)
+    if _is_packed(other) and _are_positions(other, weight):
+        return torch.add(weight, other.dequantize(), alpha=alpha)
+    if _is_packed(weight) and _are_positions(weight, other):
+        return torch.add(weight.dequantize(), other, alpha=alpha)
     if (
         not _is_packed(weight)
         or type(other) is not Tensor
@@ -295,6 +300,16 @@ def _add(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if torch.result_type(dense, other) != dense.dtype:
         return torch.add(dense, other, alpha=alpha)
     return dense.add_(other, alpha=alpha)
+
+
+def _are_positions(weight: AffineQuantizedTensor, other: Any) -> bool:
+    """Whether rows of a table are added to each sequence of a batch: the result has no
+    fewer elements than the dense rows. Whisper's decoder takes them for each sequence."""
+    if type(other) is not Tensor or other.dim() != 3:
+        return False
+    return weight.shape == other.shape[1:] or (
+        weight.shape == other.shape and is_called_from("transformers.models.whisper")
+    )
 
 
 @implements(aten.embedding_renorm_.default)

@@ -57,11 +57,13 @@ class AffineQuantizedTensor(torch.Tensor):
 
     Attributes:
         packed: uint32 ``[..., N, K * bits / 32]``, see `affine_tensor.layout`.
-        scales, biases: float32, float16 or bfloat16, ``[..., N, K / group_size]``. They
+        scales: float32, float16 or bfloat16, ``[..., N, K / group_size]``. They
             keep the dtype that they came with, whatever `dtype` becomes.
+        biases: like the scales.
         permutation: int32 ``[..., K]`` or None: the input channel that each stored
             column belongs to (GPTQ's act-order).
-        bits, group_size: see `layout.BITS`, `layout.GROUP_SIZES`.
+        bits: see `layout.BITS`.
+        group_size: see `layout.GROUP_SIZES`.
         transposed: whether the last two dimensions are shown exchanged.
     """
 
@@ -334,6 +336,16 @@ class AffineQuantizedTensor(torch.Tensor):
             f"memory; use dequantize(). {NOT_ON_DISK}"
         )
 
+    def storage(self) -> Any:
+        # safetensors asks for it last, and so does what saves with it: diffusers' and
+        # accelerate's own functions.
+        raise RuntimeError(
+            f"{self!r} has no dense storage to write to a file. Save the model with "
+            "affine_tensor.save_checkpoint(model, folder), which load_checkpoint_ reads, "
+            "or its state_dict with torch.save (save_pretrained of diffusers: "
+            "safe_serialization=False)"
+        )
+
     def numel(self) -> int:
         """The number of weights.
 
@@ -443,7 +455,7 @@ def _is_footprint() -> bool:
     if _is_compiling():
         return False
     frame = sys._getframe(2)
-    if frame.f_code.co_name == "<genexpr>" and frame.f_back is not None:
+    if frame.f_code.co_name in ("<genexpr>", "<listcomp>") and frame.f_back:
         frame = frame.f_back
     return (
         frame.f_code.co_name == "get_memory_footprint"

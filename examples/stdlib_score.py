@@ -1,22 +1,21 @@
 """The two figures of the table: bits per byte, and completions that tokenize."""
 
-import math
 import random
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from io import StringIO
 from token import EXACT_TOKEN_TYPES
 
 import torch
-import torch.nn.functional as F
 from stdlib_corpus import Source
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from affine_tensor import evaluate
 
 PROMPT_LINES = (8, 40)
 CLOSES = {")": "(", "]": "[", "}": "{"}
 
 
-@torch.inference_mode()
 def bits_per_byte(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -30,45 +29,14 @@ def bits_per_byte(
     included; from the second window on, each has a quarter of a context before it, or
     more.
     """
-    context = model.config.max_position_embeddings
-    nats, size = 0.0, 0
-    windows: list[tuple[list[int], int]] = []
-    for source in sources:
-        ids = [tokenizer.eos_token_id, *tokenizer.encode(source.text)]
-        windows += _windows(ids, context)
-        size += len(source.text.encode())
-    windows.sort(key=lambda window: len(window[0]))  # like lengths share a batch
-    for start in range(0, len(windows), batch_size):
-        nats += _nats(model, windows[start : start + batch_size])
-    return nats / math.log(2) / size
-
-
-def _windows(ids: list[int], context: int) -> Iterator[tuple[list[int], int]]:
-    """Pieces of at most context + 1 ids (inputs and the last target), each with the
-    number of its leading targets that an earlier piece has counted."""
-    done = 0  # the last id that is a counted target
-    for start in range(0, len(ids), 3 * context // 4):
-        end = min(start + context, len(ids) - 1)
-        yield ids[start : end + 1], done - start
-        done = end
-        if end == len(ids) - 1:
-            return
-
-
-def _nats(model: PreTrainedModel, windows: list[tuple[list[int], int]]) -> float:
-    length = max(len(ids) for ids, _ in windows)
-    inputs = torch.zeros(len(windows), length - 1, dtype=torch.long)
-    targets = torch.full_like(inputs, -100)
-    for row, (ids, skipped) in enumerate(windows):
-        # Padding stands on the right, where no counted token sees it.
-        inputs[row, : len(ids) - 1] = torch.tensor(ids[:-1])
-        targets[row, skipped : len(ids) - 1] = torch.tensor(ids[skipped + 1 :])
-    logits = model(input_ids=inputs.to(model.device), use_cache=False).logits
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(),
-        targets.to(model.device).flatten(),
-        reduction="sum",
-    ).item()
+    texts = [source.text for source in sources]
+    return evaluate.bits_per_byte(
+        model,
+        tokenizer,
+        texts,
+        context=model.config.max_position_embeddings,
+        batch_size=batch_size,
+    )
 
 
 def tokenizes(text: str) -> bool:

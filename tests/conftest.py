@@ -54,6 +54,17 @@ ON_THE_CPU = {
 }
 
 
+@pytest.fixture(autouse=True)
+def transformers_unregistered() -> Iterator[None]:
+    """What a test registers with transformers ends with it."""
+    from transformers import PreTrainedModel
+
+    before = PreTrainedModel.__dict__["from_pretrained"]
+    yield
+    if PreTrainedModel.__dict__["from_pretrained"] is not before:
+        PreTrainedModel.from_pretrained = before
+
+
 @pytest.fixture
 def emulated_metal(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch

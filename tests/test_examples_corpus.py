@@ -102,7 +102,8 @@ class _EvenOdds(nn.Module):
 class _Bytes:
     eos_token_id = 256
 
-    def encode(self, text):
+    def encode(self, text, add_special_tokens=True):
+        assert not add_special_tokens
         return list(text.encode())
 
 

@@ -542,7 +542,7 @@ def test_neither_a_folder_nor_a_repository(
     put(tmp_path, "file.safetensors")
     put(tmp_path / "sub", "file.safetensors")
     monkeypatch.setattr(
-        "affine_tensor.checkpoint.files.snapshot_download",
+        "huggingface_hub.snapshot_download",
         lambda *args, **kwargs: pytest.fail(f"asked the Hub for {args}"),
     )
     with pytest.raises(FileNotFoundError, match="neither a folder nor the name") as got:

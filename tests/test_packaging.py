@@ -65,6 +65,13 @@ def test_the_wheel_works_without_the_checkout(
     assert bits == "4"
 
 
+def test_the_wheel_has_the_command_line(unpacked_wheel: Path) -> None:
+    (scripts,) = unpacked_wheel.glob("*.dist-info/entry_points.txt")
+    lines = scripts.read_text().split("\n")
+    assert "affine-tensor = affine_tensor.cli:main" in lines
+    assert (unpacked_wheel / "affine_tensor" / "__main__.py").is_file()
+
+
 def test_a_checkout_reads_the_shaders_beside_the_package() -> None:
     if not Path(affine_tensor.__file__).is_relative_to(ROOT):
         pytest.skip("the package under test is an installed wheel, not this checkout")

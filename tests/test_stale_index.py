@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import wrapped
@@ -631,8 +632,12 @@ def test_a_probe_of_a_folder_reads_one_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path, LAYOUTS["no index, two dense"])  # which cannot be opened
-    for name in ("snapshot_download", "hf_hub_download", "_open_header"):
-        monkeypatch.setattr(files, name, lambda *args, **kwargs: pytest.fail("asked"))
+    for owner, name in (
+        (huggingface_hub, "snapshot_download"),
+        (huggingface_hub, "hf_hub_download"),
+        (files, "_open_header"),
+    ):
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: pytest.fail("asked"))
     assert probe(tmp_path) == probe(str(tmp_path)) == {"model_type": "llama"}
     (tmp_path / CONFIG).unlink()
     assert probe(tmp_path) == {}

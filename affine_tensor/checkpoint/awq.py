@@ -38,7 +38,7 @@ from .awq_settings import (
     settings,
     stems,
 )
-from .files import Checkpoint, CheckpointError, StoredTensor, move
+from .files import Checkpoint, CheckpointError, StoredTensor, check_biases, move
 
 __all__ = ["AwqWeight", "check_settings", "recognizes", "stored_weights"]
 
@@ -143,6 +143,7 @@ class AwqWeight:
             both = torch.promote_types(scales.dtype, biases.dtype)
             return scales.to(both), biases.to(both)
         biases = (scales.float() * self._zeros()).neg_()
+        check_biases(self.scales, scales, biases)
         short = biases.to(scales.dtype)
         if torch.equal(short.float(), biases):
             return scales, short

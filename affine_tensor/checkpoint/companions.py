@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+import huggingface_hub
 from torch import nn
 
 from .files import fetch, fetch_companions, is_repository
@@ -66,13 +66,14 @@ def write_companions(model: nn.Module, folder: Path, tokenizer: Any) -> bool:
         for pattern in _TOKENIZER_FILES:
             for path in source.glob(pattern):
                 shutil.copyfile(path, folder / path.name)
-    card = ModelCardData(
+    card = huggingface_hub.ModelCardData(
         library_name="mlx",
         pipeline_tag="text-generation" if generation is not None else None,
         tags=["mlx", "affine-tensor"],
         base_model=_repository(model),
     )
-    ModelCard(f"---\n{card.to_yaml()}\n---\n").save(folder / "README.md")
+    text = f"---\n{card.to_yaml()}\n---\n"
+    huggingface_hub.ModelCard(text).save(folder / "README.md")
     return has_tokenizer(folder)
 
 

@@ -29,7 +29,7 @@ from .. import layout
 from ..tensor import AffineQuantizedTensor, log_once
 from . import compressed_config
 from .compressed_config import AGAIN, FORMAT, METHOD, WEIGHTS_ONLY, Scheme
-from .files import Checkpoint, CheckpointError, StoredTensor, move
+from .files import Checkpoint, CheckpointError, StoredTensor, check_biases, move
 
 _PARTS = ("packed", "scale", "zero_point", "shape", "g_idx")
 _WORDS_32 = (torch.int32, torch.uint32)
@@ -158,7 +158,9 @@ class CompressedWeight:
                 return scales, biases
             zeros = torch.full_like(scales, middle, dtype=torch.int32)
         scales = scales.float()
-        return scales, scales * -zeros.float()  # exact for 16-bit scales: 11 + 8 bits
+        biases = scales * -zeros.float()  # exact for 16-bit scales: 11 + 8 bits
+        check_biases(self.scales, scales, biases)
+        return scales, biases
 
     def _zeros(self) -> Tensor | None:
         """The zero points as codes, int32 [N, groups]."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import json
 import math
+import os
 import re
 import struct
 import threading
@@ -20,18 +21,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub  # its parts when they are used: they take a while to import
 import torch
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-)
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import Tensor
 
 from .. import layout
 from ..tensor import log_once
+from . import place
+from .advice import advised
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
@@ -70,6 +67,14 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read, or that does not fit the model."""
 
 
+# Size and time of a file. Not its inode, which some network file systems make up anew.
+_Stamp = tuple[int, int]
+
+
+def _stamp(found: os.stat_result) -> _Stamp:
+    return found.st_size, found.st_mtime_ns
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """Where a tensor lies in a file, as its header says."""
@@ -80,6 +85,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int  # in bytes from the start of the file
     nbytes: int
+    stamp: _Stamp | None = None  # of the file whose header this is
 
     @property
     def place(self) -> tuple[str, int]:
@@ -100,9 +106,22 @@ class StoredTensor:
         not take, and mapped pages count twice while parts are joined.
         """
         data = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu")
+        try:
+            self._read_into(memoryview(data.numpy().data))
+            changed = self.stamp not in (None, _stamp(self.file.stat()))
+        except FileNotFoundError:
+            changed = True
+        if changed:
+            raise CheckpointError(
+                f"{self.file}: it is truncated, or changed while {self.name} was read "
+                "(another process saves into this folder?). Load it again"
+            )
+        return data.view(self.dtype).view(self.shape)
+
+    def _read_into(self, view: memoryview) -> None:
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
-            view, done = memoryview(data.numpy().data), 0
+            done = 0
             while done < self.nbytes:  # one read gives 2 GB at most on Linux
                 count = file.readinto(view[done:])
                 if not count:
@@ -111,7 +130,6 @@ class StoredTensor:
                         "or changed while it was read. Fetch it again"
                     )
                 done += count
-        return data.view(self.dtype).view(self.shape)
 
 
 # One thread at a time: torch's MPS backend does not take several.
@@ -189,12 +207,19 @@ def probe(
     folder = _own_folder(source)
     if folder is not None:
         return _read_config(folder / CONFIG)
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
     repo = str(source)
     hub: dict[str, Any] = {"cache_dir": cache_dir, "token": token}
     try:
-        path: Any = hf_hub_download(
-            repo, CONFIG, revision=revision, local_files_only=local_files_only, **hub
-        )
+        with advised(repo, revision, cache_dir, token):
+            path: Any = huggingface_hub.hf_hub_download(
+                repo,
+                CONFIG,
+                revision=revision,
+                local_files_only=local_files_only,
+                **hub,
+            )
     except LocalEntryNotFoundError:
         # No network, and no such file in the cache. A snapshot that is there may well
         # be of a repository without one; huggingface_hub raises if it knows better.
@@ -209,6 +234,8 @@ def probe(
 def _own_folder(source: str | Path) -> Path | None:
     """The folder that `source` is; None if it is the name of a repository."""
     folder = Path(source).expanduser()
+    if source != "":
+        _settle(folder)
     if source != "" and folder.is_dir():  # Path("") is the working directory
         return folder
     if not is_repository(str(source)) or folder.is_file():
@@ -219,8 +246,23 @@ def _own_folder(source: str | Path) -> Path | None:
     return None
 
 
+def _settle(folder: Path) -> None:
+    """End what a save that was killed has begun to do with a folder."""
+    try:
+        place.settle(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"a save into {folder} was interrupted while its files were moved up, or is "
+            f"at it now: what is there is old and new ({error}). Save again, or move the "
+            f"files of {folder / place.MOVING} up into it, config.json last"
+        ) from error
+
+
 def is_repository(name: str) -> bool:
     """Whether the Hub could have a repository ``organization/name`` of this name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -273,14 +315,15 @@ def _snapshot(
     local_files_only: bool,
     hub: dict[str, Any],
 ) -> Path:
-    path: Any = snapshot_download(
-        repo,
-        revision=revision,
-        local_files_only=local_files_only,
-        allow_patterns=list(patterns),
-        ignore_patterns=["*/*.safetensors"],  # a checkpoint is one folder
-        **hub,
-    )
+    with advised(repo, revision, hub.get("cache_dir"), hub.get("token")):
+        path: Any = huggingface_hub.snapshot_download(
+            repo,
+            revision=revision,
+            local_files_only=local_files_only,
+            allow_patterns=list(patterns),
+            ignore_patterns=["*/*.safetensors"],  # a checkpoint is one folder
+            **hub,
+        )
     return Path(path)
 
 
@@ -288,7 +331,8 @@ def _listing(repo: str, commit: str, token: str | bool | None) -> set[str] | Non
     """The safetensors files at the top of a repository; None if it cannot be asked."""
     try:
         # Not list_repo_tree, which tries again for 20 seconds if nobody answers.
-        info = HfApi(token=token).model_info(repo, revision=commit, timeout=10)
+        api = huggingface_hub.HfApi(token=token)
+        info = api.model_info(repo, revision=commit, timeout=10)
     except Exception:
         # No network, Hub down, no access: for all of them snapshot_download has taken
         # the cache, or will raise what it is.
@@ -300,14 +344,14 @@ def _listing(repo: str, commit: str, token: str | bool | None) -> set[str] | Non
 def _peek(folder: Path, repo: str, name: str, hub: dict[str, Any]) -> Collection[str]:
     """The names of the tensors in a file of a repository, by its header alone."""
     if not (folder / name).is_file():
-        api, commit = HfApi(token=hub["token"]), folder.name
+        api, commit = huggingface_hub.HfApi(token=hub["token"]), folder.name
         try:
             found = api.parse_safetensors_file_metadata(repo, name, revision=commit)
             return found.tensors.keys()
         except Exception:
             # A server that refuses ranges, or a file that is broken: the whole file
             # tells, and if even that cannot be had, this raises why.
-            hf_hub_download(repo, name, revision=commit, **hub)
+            huggingface_hub.hf_hub_download(repo, name, revision=commit, **hub)
     return _open_header(folder / name).entries.keys()
 
 
@@ -319,8 +363,44 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
     No weight is read yet. Raises CheckpointError on a missing shard, a truncated file,
     a broken header, an index that leads out of the folder, or a tensor that two files
-    have while no index says which of them counts.
+    have while no index says which of them counts. Where another process saves into the
+    folder, it is the old checkpoint or the new one.
     """
+    for _ in range(_TRIES):
+        _settle(folder)
+        before = _state(folder)
+        try:
+            found = _open(folder)
+        except (OSError, CheckpointError):
+            if _state(folder) == before and before[place.MOVING] is None:
+                raise
+            continue
+        if _state(folder) == before and before[place.MOVING] is None:
+            return found
+    raise CheckpointError(
+        f"{folder} changed each of {_TRIES} times that it was read: another process "
+        "saves into it. Load it again when that has ended"
+    )
+
+
+_TRIES = 10
+
+
+def _state(folder: Path) -> dict[str, _Stamp | None]:
+    """What changes with each save into a folder."""
+    names = [CONFIG, INDEX, place.MOVING]
+    with suppress(OSError):
+        names += [name for name in os.listdir(folder) if name.endswith(".safetensors")]
+    found: dict[str, _Stamp | None] = {}
+    for name in names:
+        try:
+            found[name] = _stamp((folder / name).stat())
+        except OSError:
+            found[name] = None
+    return found
+
+
+def _open(folder: Path) -> Checkpoint:
     headers: dict[str, _Header] = {}
     choice = _choose_in(folder, headers)
     files = [folder / name for name in choice.files]
@@ -508,7 +588,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     """A configuration, with the floats that JSON cannot express; {} if there is none."""
     if not path.is_file():
         return {}
-    return _object(path.read_bytes(), str(path), _tagged_float)
+    return _object(path.read_bytes(), str(path), object_hook=_tagged_float)
 
 
 def _tagged_float(value: dict[str, Any]) -> Any:
@@ -516,16 +596,33 @@ def _tagged_float(value: dict[str, Any]) -> Any:
     return _FLOATS.get(tag, value) if isinstance(tag, str) else value
 
 
-def _object(
-    text: bytes, where: str, hook: Callable[[dict[str, Any]], Any] | None = None
-) -> dict[str, Any]:
+def _object(text: bytes, where: str, **hooks: Any) -> dict[str, Any]:
     try:
-        value = json.loads(text.decode("utf-8"), object_hook=hook)
+        value = json.loads(text.decode("utf-8"), **hooks)
     except (ValueError, RecursionError) as error:  # the latter: nested without end
         raise CheckpointError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{where} holds a {type(value).__name__}, not an object")
     return value
+
+
+def _strict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a header. Raises ValueError for a name that is there twice, of which
+    readers take different ones, and for half a surrogate pair, which no text may have."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is in it twice")
+    for pair in pairs:
+        for text in pair:
+            if isinstance(text, str) and not text.isascii():
+                text.encode()
+    return found
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 def _read_index(folder: Path) -> dict[str, str]:
@@ -572,6 +669,7 @@ class _Header:
     size: int  # of the file
     base: int  # where its data begin
     entries: dict[str, Any]
+    stamp: _Stamp | None = None
 
 
 def read_header(file: Path) -> list[StoredTensor]:
@@ -580,8 +678,9 @@ def read_header(file: Path) -> list[StoredTensor]:
 
 
 def _open_header(file: Path) -> _Header:
-    size = file.stat().st_size
     with file.open("rb") as stream:
+        stamp = _stamp(os.fstat(stream.fileno()))
+        size = stamp[0]
         prefix = stream.read(8)
         if len(prefix) < 8:
             raise CheckpointError(f"{file} is {size} bytes long: not safetensors")
@@ -592,14 +691,15 @@ def _open_header(file: Path) -> _Header:
                 f"{size}. It is truncated or not safetensors; fetch it again"
             )
         text = stream.read(length)
-    entries = _object(text, f"the header of {file}")
+    where = f"the header of {file}"
+    entries = _object(text, where, object_pairs_hook=_strict, parse_constant=_no_number)
     entries.pop("__metadata__", None)
-    return _Header(file, size, 8 + length, entries)
+    return _Header(file, size, 8 + length, entries, stamp)
 
 
 def _tensors(header: _Header) -> list[StoredTensor]:
     file, base = header.file, header.base
-    tensors = [_entry(file, base, *named) for named in header.entries.items()]
+    tensors = [_entry(header, *named) for named in header.entries.items()]
     tensors.sort(key=lambda t: (t.start, t.nbytes))
     end = base
     for tensor in tensors:
@@ -617,10 +717,14 @@ def _tensors(header: _Header) -> list[StoredTensor]:
     return tensors
 
 
-def _entry(file: Path, base: int, name: str, entry: Any) -> StoredTensor:
+def _entry(header: _Header, name: str, entry: Any) -> StoredTensor:
+    file, base = header.file, header.base
     try:
         kind, shape = entry["dtype"], entry["shape"]
         start, end = entry["data_offsets"]
+        if len(entry) > 3:
+            others = sorted(entry.keys() - {"dtype", "shape", "data_offsets"})
+            raise ValueError(f"safetensors has no {', '.join(others)}")
         if not (isinstance(kind, str) and isinstance(shape, list)):
             raise ValueError("the dtype is not a name or the shape not a list")
         whole = [*shape, start, end]
@@ -641,7 +745,8 @@ def _entry(file: Path, base: int, name: str, entry: Any) -> StoredTensor:
             f"{file}: {name} takes {end - start} bytes, but shape {shape} of {kind} "
             f"is {nbytes}"
         )
-    return StoredTensor(name, file, dtype, tuple(shape), base + start, nbytes)
+    begin = base + start
+    return StoredTensor(name, file, dtype, tuple(shape), begin, nbytes, header.stamp)
 
 
 def cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -657,6 +762,17 @@ def cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
                 "cannot express; take bfloat16 or float32"
             )
     return new
+
+
+def check_biases(scales: StoredTensor, values: Tensor, biases: Tensor) -> None:
+    """Raise CheckpointError where a bias, ``-scale * zero``, has become infinite."""
+    lost = biases.isinf().logical_and_(values.isfinite())
+    if bool(lost.any()):
+        worst = float(values[lost].abs().max())
+        raise CheckpointError(
+            f"{scales.name} holds {worst:.6g}, whose product with its zero float32 cannot "
+            "express. Fetch the file again, or quantize the original model again"
+        )
 
 
 def as_dtype(

@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import layout
 from ..tensor import AffineQuantizedTensor, log_once
 from . import gptq_words
-from .files import Checkpoint, CheckpointError, StoredTensor, move
+from .files import Checkpoint, CheckpointError, StoredTensor, check_biases, move
 from .gptq_settings import BITS, Declared, check_settings, recognizes, stems_of
 
 __all__ = ["GptqWeight", "check_settings", "recognizes", "stored_weights"]
@@ -139,6 +139,7 @@ class GptqWeight:
         scales = self.scales.read().t()  # [N, G]
         zeros = self._zeros()
         biases = scales.float() * -zeros
+        check_biases(self.scales, scales, biases)
         if isinstance(zeros, int):
             # Exact, since the zero is a power of two, unless it overflows.
             narrow = biases.to(scales.dtype)
@@ -239,6 +240,11 @@ def _weight(checkpoint: Checkpoint, stem: str, declared: Declared) -> GptqWeight
     zeros, g_idx = tensors.get(f"{stem}qzeros"), tensors.get(f"{stem}g_idx")
     if scales is None:
         return f"{stem}scales is missing. Fetch the checkpoint again"
+    if f"{stem}weight" in tensors:
+        return (
+            f"there are both {words.name} and {stem}weight; remove the one that does not "
+            "belong to the checkpoint"
+        )
     if zeros is None and declared.symmetric is not True:
         return (
             f"{stem}qzeros is missing, and {declared.where} does not say that sym is "

@@ -455,7 +455,11 @@ def _settle_convolutions(names: Names, found: dict[str, _Found]) -> None:
     open_: dict[str, Form] = {}
     for name, (target, form, shapes) in found.items():
         if not isinstance(form, ChannelsLast):
-            if target.parameter.dim() > 2 and isinstance(form, Stored):
+            # Stacked experts, for one, have three dimensions and tell nothing.
+            forms = names.forms(name, target.parameter.shape)
+            if isinstance(form, Stored) and any(
+                isinstance(other, ChannelsLast) for other in forms
+            ):
                 clear.add(False)
         elif next(iter(shapes.values())) != tuple(target.parameter.shape):
             clear.add(True)

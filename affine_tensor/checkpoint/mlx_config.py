@@ -54,6 +54,8 @@ def mlx_config(
             text = config.get("text_config") or {}
             if "tie_word_embeddings" in text:
                 text["tie_word_embeddings"] = tied
+    elif (to_json := getattr(model, "to_json_string", None)) is not None:
+        config = json.loads(to_json())  # diffusers' models say it themselves
     for key in ("_name_or_path", "quantization", "quantization_config"):
         config.pop(key, None)
     _spell_as_version_4(config)

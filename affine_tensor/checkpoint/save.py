@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -23,6 +21,7 @@ from .. import layout
 from ..distributed import check_unsharded
 from ..quantize import slots
 from ..tensor import AffineQuantizedTensor, logger
+from . import place
 from .companions import origin_of, write_companions, write_json
 from .files import CONFIG, INDEX, as_dtype, cast
 from .forms import Form, dense
@@ -45,6 +44,14 @@ class SaveReport:
     changed: dict[str, str] = field(default_factory=dict)  # made dense or requantized
     cast: dict[str, float] = field(default_factory=dict)  # largest error, in steps
     tokenizer: bool = False
+    dense: dict[str, str] = field(default_factory=dict)  # matrices, and why
+    lost: dict[str, float] = field(default_factory=dict)  # relative L2, quantized again
+    parameters: int = 0  # weights of the model, shared ones once
+
+    @property
+    def bits_per_weight(self) -> float:
+        """All bytes of the tensors over the number of weights."""
+        return 8 * self.bytes / max(1, self.parameters)
 
     def __str__(self) -> str:
         lines = [
@@ -103,11 +110,14 @@ def save_checkpoint(
     tokenizer: `tokenizer` is one of transformers, or a folder or repository to copy its
     files from (default: where the model came from). All is written beside `folder` and
     moved into place; an existing folder that is not empty raises FileExistsError,
-    unless `overwrite`, which replaces it as a whole. Raises ValueError, which lists
-    them, for weights that MLX cannot hold.
+    unless `overwrite`, which replaces it as a whole. Whenever the process or the machine
+    stops, the old checkpoint is there or the new one; a half-written folder beside it,
+    called ``.NAME.*.unfinished``, goes with the next save to `folder`. Raises ValueError,
+    which lists them, for weights that MLX cannot hold, and OSError, which says how many
+    bytes are missing, where a disk is full; what was there stays.
     """
     folder = Path(folder).expanduser()
-    _check_free(folder, overwrite)
+    check_free(folder, overwrite)
 
     def write(folder: Path, report: SaveReport) -> None:
         _write(
@@ -122,7 +132,8 @@ def save_checkpoint(
         )
 
     report = SaveReport(folder)
-    with _beside(folder) as beside:
+    check = partial(_check_free, folder, overwrite)
+    with place.beside(folder, check, overwrite) as beside:
         write(beside, report)
     report.warn()
     return report
@@ -132,44 +143,15 @@ def merge_checkpoint(model: nn.Module, folder: Path, **options: Any) -> SaveRepo
     """As `save_checkpoint`, into a folder that may hold other files, which stay.
 
     Of an older checkpoint there the weights go, when the new ones stand. The files are
-    written within the folder, which may be another disk than the one above it.
+    written within the folder, which may be another disk than the one above it, and moved
+    up; a process killed in between leaves the rest to whoever reads or saves there next
+    (see `place`).
     """
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file; a folder is written")
     report = SaveReport(folder)
-    made = not folder.exists()
-    inside = folder / f".{uuid.uuid4().hex[:8]}"
-    inside.mkdir(parents=True)
-    try:
+    with place.inside(folder) as inside:
         _write(model, inside, report, **options)
-        _merge(inside, folder)
-    except BaseException:
-        shutil.rmtree(inside, ignore_errors=True)
-        if made and not any(folder.iterdir()):
-            folder.rmdir()
-        raise
-    inside.rmdir()
     report.warn()
     return report
-
-
-def _merge(new: Path, folder: Path) -> None:
-    """Move the new files over those of their names, and remove weights of an older save:
-    what its index names, and what is called as transformers and mlx-lm call shards."""
-    old = {path.name for path in folder.iterdir() if _WEIGHTS.fullmatch(path.name)}
-    files = {path.name for path in new.iterdir()}
-    for path in sorted(new.iterdir()):
-        if path.name == "README.md" and (folder / path.name).exists():
-            path.unlink()  # somebody's own words stand there
-        else:
-            os.replace(path, folder / path.name)
-    for name in old - files:
-        (folder / name).unlink()
-
-
-_WEIGHTS = re.compile(
-    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
-)
 
 
 def _write(
@@ -193,8 +175,16 @@ def _write(
     _finish(model, folder, writer, report, counts_as, tokenizer)
 
 
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Raise FileExistsError unless a checkpoint may be put there.
+
+    What saves that were killed have left there is removed before.
+    """
+    place.clean(folder.resolve())
+    _check_free(folder, overwrite)
+
+
 def _check_free(folder: Path, overwrite: bool) -> None:
-    """Raise FileExistsError unless a checkpoint may be put there."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -269,31 +259,55 @@ def _entries(
                 else:
                     report.changed[name] = "left out (MLX takes it for zeros)"
             continue
-        form = next(names.forms(name, value.shape))
-        dtype = scales if main and _counts_as(value, form, main[0][0]) else None
-        for piece in _pieces(form, value):
-            reason = _misfit(piece, value)
-            if reason and unsupported == "error":
-                problems.append(f"  {piece.name}: {reason}")
-            elif reason and (unsupported == "dense" or not _is_weight(piece.name)):
-                report.changed[piece.name] = f"written dense ({reason})"
-                entries.append(_dense_entry(piece, scales, report))
-            elif reason or isinstance(piece.like, AffineQuantizedTensor):
-                if reason:
-                    report.changed[piece.name] = f"requantized ({reason})"
-                origin = value if isinstance(value, AffineQuantizedTensor) else None
-                entries.append(_packed_entry(piece, scales, reason, origin, report))
-            else:
-                entries.append(_dense_entry(piece, dtype, report))
+        counted = main[0][0] if main else None
+        entries += _entries_of(
+            names, name, value, scales, counted, unsupported, report, problems
+        )
+    check_problems(problems, _FOLD)
+    return entries
+
+
+def _entries_of(
+    names: Names,
+    name: str,
+    value: Tensor,
+    scales: torch.dtype | None,
+    counted: torch.dtype | None,
+    unsupported: Unsupported,
+    report: SaveReport,
+    problems: list[str],
+) -> Iterator[_Entry]:
+    """What a parameter becomes. Dense ones of the dtype `counted` get that of the scales;
+    what MLX cannot hold is noted in the report, or in `problems` if it is an error."""
+    form = next(names.forms(name, value.shape))
+    counts = counted is not None and _counts_as(value, form, counted)
+    dtype = scales if counts else None
+    for piece in _pieces(form, value):
+        reason = _misfit(piece, value)
+        if reason and unsupported == "error":
+            problems.append(f"  {piece.name}: {reason}")
+        elif reason and (unsupported == "dense" or not _is_weight(piece.name)):
+            report.changed[piece.name] = f"written dense ({reason})"
+            yield _dense_entry(piece, scales, report)
+        elif reason or isinstance(piece.like, AffineQuantizedTensor):
+            if reason:
+                report.changed[piece.name] = f"requantized ({reason})"
+            origin = value if isinstance(value, AffineQuantizedTensor) else None
+            yield _packed_entry(piece, scales, reason, origin, report)
+        else:
+            yield _dense_entry(piece, dtype, report)
+
+
+def check_problems(problems: list[str], hint: str = "") -> None:
+    """Raise ValueError for weights that MLX cannot hold; `hint` is for act-order."""
     if problems:
         raise ValueError(
             "MLX has no form for these weights:\n"
             + "\n".join(problems)
             + "\nPass unsupported='dense' to write them dense, or 'requantize' to "
             "quantize them anew (which loses accuracy)"
-            + (_FOLD if any("act-order" in problem for problem in problems) else "")
+            + (hint if any("act-order" in problem for problem in problems) else "")
         )
-    return entries
 
 
 _FOLD = (
@@ -512,6 +526,7 @@ class ShardWriter:
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
         self.total = 0
+        self.failed: Exception | None = None  # after which nothing more is written
         self._files: list[list[str]] = []  # the names of the tensors in each
         self._shard: dict[str, Tensor] = {}
         self._size = 0
@@ -519,6 +534,8 @@ class ShardWriter:
 
     def add(self, tensors: dict[str, Tensor]) -> None:
         """Add the tensors of one weight, which stay together."""
+        if self.failed is not None:
+            raise self.failed
         twice = self._names & tensors.keys()
         if twice:
             raise ValueError(
@@ -534,7 +551,11 @@ class ShardWriter:
 
     def _flush(self) -> None:
         path = self.folder / f"{len(self._files) + 1:05d}.safetensors"
-        save_file(_unshared(self._shard), path, metadata={"format": "mlx"})
+        try:
+            save_file(_unshared(self._shard), path, metadata={"format": "mlx"})
+        except SafetensorError as error:
+            self.failed = _as_oserror(error, self._size)
+            raise self.failed from error
         self._files.append(list(self._shard))
         self.total += self._size
         self._shard, self._size = {}, 0
@@ -557,6 +578,16 @@ class ShardWriter:
         write_json(self.folder / INDEX, index)
         for name in set(weight_map.values()):  # safetensors makes them private
             shutil.copymode(self.folder / INDEX, self.folder / name)
+
+
+def _as_oserror(error: SafetensorError, size: int) -> Exception:
+    """What the system said, which safetensors has as text, of a file of so many bytes."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    if not found:
+        return error
+    failed = place.NoRoom(int(found[1]), str(error))
+    failed.needed = size
+    return failed
 
 
 def _write_entries(writer: ShardWriter, entries: list[_Entry], progress: bool) -> None:
@@ -587,6 +618,24 @@ class Writing:
     def dense(self, name: str, value: Tensor) -> None:
         self.writer.add({name: _own(value)})
 
+    def parameter(
+        self,
+        names: Names,
+        name: str,
+        value: Tensor,
+        *,
+        dtype: torch.dtype | None,
+        counted: torch.dtype,
+        unsupported: Unsupported,
+    ) -> None:
+        """Write a parameter or buffer as it is, as `save_checkpoint` would."""
+        problems: list[str] = []
+        for entry in _entries_of(
+            names, name, value, dtype, counted, unsupported, self.report, problems
+        ):
+            self.writer.add(entry.make())
+        check_problems(problems)
+
 
 def save_into(
     folder: str | Path,
@@ -600,11 +649,17 @@ def save_into(
     `make` has written weights before; those of the model are then on the meta device.
     """
     folder = Path(folder).expanduser()
-    _check_free(folder, overwrite)
+    check_free(folder, overwrite)
     report = SaveReport(folder)
-    with _beside(folder) as beside:
+    check = partial(_check_free, folder, overwrite)
+    with place.beside(folder, check, overwrite) as beside:
         writer = ShardWriter(beside, max_shard_bytes)
-        model = make(Writing(writer, report))
+        try:
+            model = make(Writing(writer, report))
+        except Exception as error:
+            if writer.failed is None:
+                raise
+            raise writer.failed from error  # transformers goes on, and says it was it
         names, dtype = Names(model), _storable(_model_dtype(model))
         for name, value in _values(model):
             if names.is_absent(name):
@@ -617,20 +672,6 @@ def save_into(
         _finish(model, beside, writer, report, _model_dtype(model), None)
     report.warn()
     return report
-
-
-@contextmanager
-def _beside(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `folder` when all went well."""
-    place = folder.resolve()  # behind a link, and with a name where it is "."
-    beside = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}")
-    beside.mkdir(parents=True)
-    try:
-        yield beside
-        _move_into_place(beside, place)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
 
 
 def _finish(
@@ -646,27 +687,9 @@ def _finish(
         writer.add({name: torch.zeros(*shape, dtype=dtype)})
     writer.close()
     report.bytes = writer.total
+    report.parameters = sum(slot.parameter.numel() for slot in slots(model).values())
     origin = origin_of(model)
     formats = {n.removesuffix(".weight"): form for n, form in report.packed.items()}
     write_json(folder / CONFIG, mlx_config(model, formats, dtype, origin))
     report.tokenizer = write_companions(model, folder, tokenizer or origin)
     report.files = sorted(path.name for path in folder.iterdir())
-
-
-def _move_into_place(beside: Path, folder: Path) -> None:
-    """Exchange the folders; what was there is deleted only after the new one stands."""
-    if not folder.exists():
-        beside.rename(folder)
-        return
-    shutil.copymode(folder, beside)
-    old = beside.with_name(f"{beside.name}.old")
-    folder.rename(old)
-    try:
-        beside.rename(folder)
-    except BaseException:
-        old.rename(folder)
-        raise
-    try:
-        shutil.rmtree(old)
-    except OSError as error:
-        logger.warning("%s is written; delete %s yourself: %s", folder, old, error)

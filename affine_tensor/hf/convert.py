@@ -1,18 +1,34 @@
-"""`convert`: a dense checkpoint becomes an MLX one, in the memory of a shard."""
+"""`convert`: a checkpoint becomes an MLX one, in the memory of a shard."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
-from ..checkpoint.save import SaveReport, ShardWriter, Writing, save_into
+from .. import layout
+from ..checkpoint import formats
+from ..checkpoint.files import Checkpoint, as_dtype, fetch, open_checkpoint
+from ..checkpoint.save import (
+    SaveReport,
+    ShardWriter,
+    Unsupported,
+    Writing,
+    check_free,
+    save_into,
+)
+from ..recipes import Recipe
 from ..tensor import AffineQuantizedTensor
 from .config import AffineQuantizationConfig
 from .pretrained import from_pretrained
+from .register import has_adapter
+from .rewrite import rewrite
 
 
 class _Sink:
@@ -21,7 +37,10 @@ class _Sink:
     def __init__(self, writing: Writing) -> None:
         self.writing = writing
 
-    def add(self, pieces: dict[str, Tensor], dtype: torch.dtype) -> None:
+    def add(
+        self, pieces: dict[str, Tensor], reasons: dict[str, str], dtype: torch.dtype
+    ) -> None:
+        self.writing.report.dense |= reasons
         for name, piece in pieces.items():
             if isinstance(piece, AffineQuantizedTensor):
                 self.writing.packed(name, piece)
@@ -29,35 +48,84 @@ class _Sink:
                 self.writing.dense(name, piece.to(dtype))
 
 
+_HUB = ("revision", "cache_dir", "token", "local_files_only")
+
+
 def convert(
     source: str | Path,
     folder: str | Path,
     *,
-    bits: int = 4,
-    group_size: int = 64,
+    bits: int | None = None,
+    group_size: int | None = None,
+    recipe: Recipe | None = None,
+    dequantize: bool = False,
+    unsupported: Unsupported = "error",
     dtype: torch.dtype | str | None = "auto",
     modules_to_not_convert: list[str] | None = None,
     model_class: Any = AutoModelForCausalLM,
     max_shard_bytes: int = ShardWriter.LIMIT,
     overwrite: bool = False,
+    progress: bool = True,
     **options: Any,
 ) -> SaveReport:
-    """Quantize a dense checkpoint of transformers into an MLX checkpoint.
+    """Write an MLX checkpoint from a dense, GPTQ, AWQ, compressed-tensors or MLX one.
 
     `source` is a folder or Hub repository, `folder` where to write; what `mlx_lm.load`
-    reads stands there afterwards. What is quantized has the codes, scales and biases of
-    mlx-lm's own conversion; routers, of which it quantizes some to 8 bits, stay dense.
+    reads stands there afterwards.
+
+    A dense checkpoint is quantized, by default to 4 bits in groups of 64. What is
+    quantized has the codes, scales and biases of mlx-lm's own conversion; routers, of
+    which it quantizes some to 8 bits, stay dense unless a `recipe` speaks of them.
+    `recipe` gives modules bits of their own: see `AffineQuantizationConfig`.
+
+    A quantized one keeps its codes. Act-order folds out of `down_proj`; elsewhere, and
+    for groups that MLX has not, `unsupported` is as in `save_checkpoint`. With `bits`,
+    `group_size` or `recipe` its weights are quantized again from their values, and the
+    report's `lost` says what that costs, as relative L2 error of each. `dequantize`
+    writes it dense.
+
     Weights are read, quantized and written one by one: at most a shard
-    (`max_shard_bytes`) and one weight are in memory. `dtype` is that of scales, biases
-    and dense tensors ("auto": the source's). Further options are those of
-    `from_pretrained`. Returns what was written.
+    (`max_shard_bytes`) and one weight are in memory (with act-order, the three of an
+    MLP). `dtype` is that of scales, biases and dense tensors ("auto": the source's;
+    "keep": the scales of a quantized source as they are). Further options are those of
+    `from_pretrained`; of a quantized source only those of the Hub (`revision`,
+    `cache_dir`, `token`, `local_files_only`). Returns what was written.
 
-    Raises FileExistsError as `save_checkpoint` does, and what `from_pretrained` raises;
-    then nothing is left behind.
+    Raises FileExistsError as `save_checkpoint` does, ValueError for options that do not
+    go together and modules that are none of the model's, and what `from_pretrained`
+    raises; then `folder` is as it was.
     """
-    config = AffineQuantizationConfig(bits, group_size, modules_to_not_convert)
+    folder = Path(folder).expanduser()
+    check_free(folder, overwrite)
+    hub = {name: options[name] for name in _HUB if name in options}
+    checkpoint = open_checkpoint(fetch(source, **hub))
+    quantizes = not (bits is None and group_size is None and recipe is None)
+    if dequantize and (quantizes or modules_to_not_convert):
+        raise ValueError(
+            "dequantize makes every weight dense; it does not go together with bits, "
+            "group_size, recipe and modules_to_not_convert"
+        )
+    dense = not formats.recognizes(checkpoint)
+    if modules_to_not_convert and not (dense or quantizes):
+        raise ValueError(
+            f"modules_to_not_convert is of no use for {source}: its weights keep their "
+            "codes. Give bits to quantize them again"
+        )
+    config = AffineQuantizationConfig(
+        4 if bits is None else bits,
+        64 if group_size is None else group_size,
+        modules_to_not_convert,
+        recipe=recipe,
+    )
+    if dtype is None:
+        dtype = "auto"
+    if dtype not in ("auto", "keep"):
+        dtype = as_dtype(dtype, layout.WEIGHT_DTYPES, "auto")
 
-    def model(writing: Writing) -> Any:
+    def from_dense(writing: Writing) -> Any:
+        if dequantize or dtype == "keep":
+            given = "dequantize" if dequantize else "dtype='keep'"
+            raise ValueError(f"{source} is dense: {given} is for quantized sources")
         return from_pretrained(
             source,
             dtype=dtype,
@@ -67,6 +135,56 @@ def convert(
             **options,
         )
 
-    return save_into(
-        folder, model, max_shard_bytes=max_shard_bytes, overwrite=overwrite
-    )
+    def from_packed(writing: Writing) -> Any:
+        _check_packed(checkpoint, model_class, options)
+        return rewrite(
+            source,
+            checkpoint,
+            writing,
+            dtype=dtype,
+            again=config if quantizes else None,
+            dequantize=dequantize,
+            unsupported=unsupported,
+            progress=progress,
+        )
+
+    with _bars(progress):
+        return save_into(
+            folder,
+            from_dense if dense else from_packed,
+            max_shard_bytes=max_shard_bytes,
+            overwrite=overwrite,
+        )
+
+
+def _check_packed(
+    checkpoint: Checkpoint, model_class: Any, options: dict[str, Any]
+) -> None:
+    """Raise for what counts only while a dense checkpoint is read."""
+    others = sorted(options.keys() - {*_HUB})
+    if model_class is not AutoModelForCausalLM:
+        others.append("model_class")
+    if others:
+        raise TypeError(
+            f"{', '.join(others)}: not taken for {checkpoint.folder}, which is quantized. "
+            "Load it with from_pretrained, and write it with save_checkpoint"
+        )
+    if has_adapter(checkpoint.folder):
+        raise ValueError(
+            f"{checkpoint.folder} has an adapter beside the weights "
+            "(adapter_config.json), which would be lost. Remove that file to convert the "
+            "weights alone"
+        )
+
+
+@contextlib.contextmanager
+def _bars(progress: bool) -> Iterator[None]:
+    """Without `progress` transformers shows no bars of its own."""
+    shown = logging.is_progress_bar_enabled()
+    if not progress and shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if not progress and shown:
+            logging.enable_progress_bar()

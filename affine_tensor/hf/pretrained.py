@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -147,6 +148,10 @@ def _class_of(model_class: Any, config: Any) -> tuple[Any, Any]:
     mapping = getattr(model_class, "_model_mapping", None)
     if mapping is None:
         return model_class, config
+    if model_class is AutoModelForCausalLM:
+        own = _other_than_text(config)
+        if own is not None:
+            return own, config
     if model_class is AutoModelForCausalLM and type(config) not in mapping:
         model_class = AutoModelForImageTextToText  # generates text too
         mapping = model_class._model_mapping
@@ -164,6 +169,21 @@ def _class_of(model_class: Any, config: Any) -> tuple[Any, Any]:
     if text is not None and getattr(found, "config_class", None) is text:
         config = config.get_text_config()
     return found, config
+
+
+def _other_than_text(config: Any) -> Any:
+    """The class that config.json names, of a model that does not continue a text or has
+    an encoder: nobody asked for another, and auto classes know its decoder at the most."""
+    known = (
+        AutoModelForCausalLM._model_mapping,
+        AutoModelForImageTextToText._model_mapping,
+    )
+    continues = any(type(config) in mapping for mapping in known)
+    if continues and not getattr(config, "is_encoder_decoder", False):
+        return None
+    name = (getattr(config, "architectures", None) or [""])[0]
+    found = getattr(transformers, name, None) if name else None
+    return found if getattr(found, "config_class", None) is type(config) else None
 
 
 def _refuse(keywords: dict[str, Any]) -> None:

@@ -21,9 +21,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, build_glob_alternation
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 
-from .. import layout
 from ..checkpoint.files import Checkpoint, StoredTensor, cast, move
 from ..checkpoint.forms import Stored
 from ..checkpoint.load import (
@@ -35,10 +33,11 @@ from ..checkpoint.load import (
     make_plan,
 )
 from ..checkpoint.mlx import AffineWeight
-from ..checkpoint.names import Names, is_tower
+from ..checkpoint.names import is_tower
 from ..distributed import freeze_shards
 from ..quantize import AffineConfig, dequantize_
 from ..tensor import AffineQuantizedTensor, logger
+from .choices import Choices
 from .config import METHOD, AffineQuantizationConfig
 from .lazy import Lazy, Whole
 
@@ -121,8 +120,7 @@ class AffineQuantizer(HfQuantizer):
     ) -> None:
         super().__init__(quantization_config, **kwargs)
         self._loading = current.get()
-        self._names: Names | None = None
-        self._skip: list[str] = []
+        self._choices: Choices | None = None
         self._sizes: dict[str, float] = {}
         self.sink = None if self._loading is None else self._loading.sink
 
@@ -147,12 +145,9 @@ class AffineQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._plan(model)
         else:
-            self._names = Names(model)
-            self._skip = [
-                *(self.quantization_config.modules_to_not_convert or []),
-                *(model._keep_in_fp32_modules or []),
-                *(model._keep_in_fp32_modules_strict or []),
-            ]
+            self._choices = Choices(model, self.quantization_config)
+            if self.sink is not None:
+                self._choices.check_for_mlx()
 
     def _plan(self, model: Any) -> None:
         loading = self._loading
@@ -218,41 +213,23 @@ class AffineQuantizer(HfQuantizer):
         self, model: Any, name: str, parameter: Tensor
     ) -> AffineConfig | None:
         """How this parameter is quantized, or None."""
-        if not is_quantizable(model, name, parameter):
-            return None
-        module = name.rpartition(".")[0]
-        if self._skip and not should_convert_module(module, self._skip):
-            return None
-        own = self.quantization_config
-        return AffineConfig(own.bits, own.group_size)
+        if self._choices is None:
+            self._choices = Choices(model, self.quantization_config)
+        config = self._choices.config_for(name, parameter)
+        return config if isinstance(config, AffineConfig) else None
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self)
 
     def quantized(self, model: Any, name: str, value: Tensor) -> Tensor:
         """The parameter as MLX would have quantized it, packed where that can be."""
-        assert self._names is not None
-        config = self._config_for(model, name, value)
-        pieces: dict[str, Tensor] = {}
-        form = next(self._names.forms(name, value.shape))
-        for leaf, piece in form.save(value.detach()).items():
-            fits = config is not None and leaf.endswith("weight") and piece.dim() > 1
-            if fits and config is not None:
-                reason = layout.why_not(
-                    piece.shape[-1], bits=config.bits, group_size=config.group_size
-                )
-                if reason is None:
-                    piece = AffineQuantizedTensor.from_dense(
-                        piece.to(value.dtype).contiguous(),
-                        config.bits,
-                        config.group_size,
-                    )
-                else:
-                    logger.info("%s stays dense: %s", name, reason)
-            pieces[leaf] = piece
+        assert self._choices is not None
+        form, pieces, reasons = self._choices.pieces(name, value)
         if self.sink is not None:
-            self.sink.add(pieces, value.dtype)
+            self.sink.add(pieces, reasons, value.dtype)
             return torch.empty_like(value, device="meta")
+        for leaf, reason in reasons.items():
+            logger.info("%s stays dense: %s", leaf, reason)
         if not any(isinstance(p, AffineQuantizedTensor) for p in pieces.values()):
             return value
         whole = form.load(pieces.__getitem__)
@@ -269,7 +246,7 @@ class AffineQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         freeze_shards(model)
-        loading, self._loading, self._names = self._loading, None, None
+        loading, self._loading, self._choices = self._loading, None, None
         if loading is not None and loading.plan is not None:
             check_repeated(loading.plan)
             report = loading.report
@@ -309,20 +286,6 @@ class _Quantize(ConversionOps):
             tensor = value[0] if isinstance(value, list) else value
             values[name] = self.quantizer.quantized(model, name, tensor)
         return values
-
-
-def is_quantizable(model: nn.Module, name: str, parameter: Tensor) -> bool:
-    """Whether it is a weight of a kind that MLX quantizes: that of an `nn.Linear`, an
-    `nn.Embedding` or a `Conv1D`, or a stack of experts."""
-    path, _, own = name.rpartition(".")
-    if not isinstance(parameter, Tensor) or not parameter.is_floating_point():
-        return False
-    module = model.get_submodule(path)
-    if isinstance(module, nn.Embedding):
-        return own == "weight" and module.max_norm is None
-    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-        return own == "weight"
-    return parameter.dim() == 3 and own.endswith("proj") and "expert" in path
 
 
 def drop_towers(model: nn.Module) -> None:

@@ -11,11 +11,13 @@ CPU's, such as x86-64-v3.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -44,6 +46,7 @@ _FLAGS = (
     "-fPIC",
     "-shared",
 )
+_OF_C = re.compile(r"(.*-)?(cc|gcc|clang)(-[\d.]+)?")
 _SECONDS = 300  # after which a compiler counts as hanging
 
 
@@ -106,7 +109,10 @@ def _commands() -> list[tuple[str, ...]]:
     named = os.environ.get("AFFINE_TENSOR_CXX")
     if named:
         return [tuple(named.split())]
-    names = (os.environ.get("CXX", ""), "c++", "g++", "clang++")
+    # A driver of C in CXX (PEFT's BOFT sets gcc) would leave out the library of C++.
+    own = os.environ.get("CXX", "")
+    own = "" if _OF_C.fullmatch(Path(own).name) else own
+    names = (own, "c++", "g++", "clang++")
     found: list[tuple[str, ...]] = [
         (path,) for name in names if name and (path := shutil.which(name))
     ]
@@ -156,15 +162,22 @@ def library(source: str, **defines: int) -> ctypes.CDLL:
     parts = (_sources(), compiler.version, *command)
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     stem = "-".join([Path(source).stem, *map(str, defines.values()), key])
-    file = _folder() / f"{stem}{'.dylib' if sys.platform == 'darwin' else '.so'}"
+    name = f"{stem}{'.dylib' if sys.platform == 'darwin' else '.so'}"
+    whole = [*command, str(shaders() / "cpu" / source)]
+    try:
+        return _kept(whole, _folder() / name)
+    except (OSError, KernelError):  # a full disk, say
+        return _kept(whole, _scratch() / name)
+
+
+def _kept(command: list[str], file: Path) -> ctypes.CDLL:
     if not file.exists():
-        _compile([*command, str(shaders() / "cpu" / source)], file)
+        _compile(command, file)
     try:
         return ctypes.CDLL(str(file))
-    except OSError:
-        # Cut short by a full disk, say.
+    except OSError:  # cut short
         file.unlink(missing_ok=True)
-        _compile([*command, str(shaders() / "cpu" / source)], file)
+        _compile(command, file)
         return ctypes.CDLL(str(file))
 
 
@@ -194,4 +207,12 @@ def _folder() -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError:
-        return Path(tempfile.mkdtemp(prefix="affine_tensor_"))
+        return _scratch()
+
+
+@cache
+def _scratch() -> Path:
+    """A folder of this process, which goes with it."""
+    folder = tempfile.mkdtemp(prefix="affine_tensor_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)

@@ -1,0 +1,239 @@
+"""The models that `generate`, `eval` and `bench` run: loading, memory, devices."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from .inspect import paths
+
+if TYPE_CHECKING:
+    from ..checkpoint.files import Checkpoint
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder, or a repository of the Hub: MLX, GPTQ, AWQ, "
+        "compressed-tensors or dense.",
+        autocompletion=paths,
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="Such as cpu, cuda, cuda:1 or mps (default: the accelerator that there "
+        "is, else cpu).",
+        show_default=False,
+    ),
+]
+DType = Annotated[
+    Literal["auto", "float16", "bfloat16", "float32"],
+    typer.Option(help="What the model computes in; auto: as config.json says."),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit of the repository.", show_default=False),
+]
+
+
+def note(text: str) -> None:
+    """Tell the user something on stderr that is no error."""
+    print(f"affine-tensor: {text}", file=sys.stderr)
+
+
+# ---- loading ---------------------------------------------------------------------
+
+
+@dataclass
+class Loaded:
+    """A model and what came with it. `packed`: it has quantized weights of ours."""
+
+    model: Any
+    tokenizer: Any
+    packed: bool
+    seconds: float  # for reading the weights, without imports and downloads
+    kind: str  # cpu, cuda or mps
+
+    @property
+    def positions(self) -> int | None:
+        config = self.model.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None)
+
+
+def open_model(source: str, revision: str | None = None) -> Checkpoint:
+    """The checkpoint, on this machine, with its headers read.
+
+    Raises FileNotFoundError or CheckpointError where there is none, or no model.
+    """
+    from ..checkpoint.files import CheckpointError, fetch, open_checkpoint
+
+    checkpoint = open_checkpoint(fetch(source, revision=revision))
+    if not checkpoint.config.get("model_type"):
+        raise CheckpointError(
+            f"{checkpoint.folder / 'config.json'} has no model_type, by which transformers "
+            "knows the architecture. Take config.json from the original model"
+        )
+    return checkpoint
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer beside the weights. Raises FileNotFoundError if there is none."""
+    from ..checkpoint.companions import has_tokenizer
+
+    if not has_tokenizer(folder):
+        raise FileNotFoundError(
+            f"{folder} has no tokenizer (tokenizer.json). Copy tokenizer.json and "
+            "tokenizer_config.json from the original model into it"
+        )
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def load(
+    source: str,
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    revision: str | None = None,
+    tokenizer: bool = True,
+    dense: bool = False,
+) -> Loaded:
+    """Load a checkpoint of any format that is read, onto a device.
+
+    `dense`: with all weights dense, of a quantized checkpoint too. Raises what
+    `open_model`, `load_tokenizer` and `from_pretrained` raise.
+    """
+    from ..checkpoint import formats
+    from ..kernels import machine
+
+    place = _device(device)
+    checkpoint = open_model(source, revision)
+    # Before the weights, which take longer.
+    own = load_tokenizer(checkpoint.folder) if tokenizer else None
+    packed = formats.recognizes(checkpoint)
+    _import_transformers()
+    start = time.perf_counter()
+    model = (
+        _load_packed(checkpoint, dtype, place, dense)
+        if packed
+        else _load_dense(checkpoint, dtype, place)
+    )
+    machine.synchronize(place.type)
+    seconds = time.perf_counter() - start
+    return Loaded(model, own, packed and not dense, seconds, place.type)
+
+
+def _device(name: str | None) -> Any:
+    import torch
+
+    from ..kernels import machine
+
+    if name is None:
+        return machine.tensor_device(machine.default_kind())
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(
+            f"--device {name}: no device of torch's; cpu, cuda and mps are some"
+        ) from None
+    known = device.type not in machine.KINDS or machine.is_available(device.type)
+    if not known or (device.type == "cuda" and _beyond(device.index)):
+        raise ValueError(
+            f"--device {name}: there is none here; torch has {torch.__version__}. Leave "
+            "it out, or take cpu"
+        )
+    return device
+
+
+def _beyond(index: int | None) -> bool:
+    import torch
+
+    return index is not None and index >= torch.cuda.device_count()
+
+
+def _import_transformers() -> None:
+    """What the load would import, so that the time of loading is that of the weights."""
+    from ..hf import pretrained  # noqa: F401
+
+
+def _load_packed(checkpoint: Checkpoint, dtype: str, device: Any, dense: bool) -> Any:
+    from ..hf import AffineQuantizationConfig, from_pretrained
+
+    config = AffineQuantizationConfig(dequantize=True) if dense else None
+    return from_pretrained(
+        checkpoint.folder,
+        dtype=dtype,
+        device_map=device,
+        quantization_config=config,
+    )
+
+
+def _load_dense(checkpoint: Checkpoint, dtype: str, device: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ..hf.pretrained import _class_of
+
+    config = AutoConfig.from_pretrained(checkpoint.folder)
+    own_class, config = _class_of(AutoModelForCausalLM, config)
+    model = own_class.from_pretrained(
+        checkpoint.folder, config=config, dtype=dtype, device_map=device
+    )
+    return model.eval()
+
+
+def fuse(loaded: Loaded) -> None:
+    """`--fuse`: joins projections, or says why there was nothing to join."""
+    from ..fuse import fuse_projections
+
+    if not fuse_projections(loaded.model):
+        why = "none of its projections agree" if loaded.packed else "it is dense"
+        note(f"--fuse joined nothing: {why}")
+
+
+# ---- running ---------------------------------------------------------------------
+
+
+def compiled(model: Any, length: int) -> dict[str, Any]:
+    """What `generate` takes to decode through a compiled graph.
+
+    `length` is that of prompt and answer: the cache is made for it, and never longer.
+    """
+    from transformers import CompileConfig, StaticCache
+
+    config: Any = CompileConfig(mode="default", dynamic=False)
+    # On a CPU transformers compiles only if told so by this, which it keeps to itself.
+    config._compile_all_devices = True
+    cache = StaticCache(config=model.config, max_cache_len=length)
+    return {"past_key_values": cache, "compile_config": config}
+
+
+def peak_memory(kind: str) -> int | None:
+    """Bytes at most in use so far: of the GPU, or of this process where it is the CPU.
+
+    torch keeps no peak for mps: there it is what its driver holds now. None where the
+    system does not say.
+    """
+    import torch
+
+    if kind == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if kind == "mps":
+        return torch.mps.driver_allocated_memory() or None
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(x.split()[1]) << 10 for x in lines if x.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most << 10
