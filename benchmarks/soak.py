@@ -39,6 +39,7 @@ import psutil
 import torch
 from common import save
 from peft import LoraConfig, get_peft_model
+from torch._subclasses.fake_tensor import FakeTensor
 
 import affine_tensor
 from affine_tensor.quantize import format_table
@@ -199,7 +200,11 @@ def sample(count: int, seconds: float, device: str) -> Sample:
     """What is held now, after garbage was collected."""
     gc.collect()
     process = psutil.Process()
-    held = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
+    held = [
+        one
+        for one in gc.get_objects()
+        if issubclass(type(one), torch.Tensor) and not issubclass(type(one), FakeTensor)
+    ]  # those of compilers stand for shapes, and hold nothing
     sizes = [t.numel() * t.element_size() for t in held]
     cuda = device == "cuda"
     return Sample(

@@ -65,6 +65,19 @@ def transformers_unregistered() -> Iterator[None]:
         PreTrainedModel.from_pretrained = before
 
 
+@pytest.fixture(autouse=True)
+def loggers_as_they_were() -> Iterator[None]:
+    """A command sets levels for its process; here others are tested in it afterwards."""
+    loggers = [logging.getLogger(n) for n in ("affine_tensor", *QUIET)]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+QUIET = ("torch", "torchao", "transformers")
+
+
 @pytest.fixture
 def emulated_metal(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch

@@ -484,7 +484,9 @@ def test_without_a_compiler_the_reference_is_used_and_said_once() -> None:
 
 def test_a_driver_of_c_in_cxx_is_passed_over(tmp_path: Path) -> None:
     # PEFT's BOFT leaves gcc there; it links no library of C++.
-    code = "from affine_tensor.kernels.cpu import compiler; print(compiler.find().command)"
+    code = (
+        "from affine_tensor.kernels.cpu import compiler; print(compiler.find().command)"
+    )
     for name in ("gcc", "/usr/bin/cc", "x86_64-linux-gnu-gcc-12", "clang-18"):
         assert run_python(code, CXX=name) == run_python(code, CXX="")
 

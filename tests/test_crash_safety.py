@@ -322,7 +322,8 @@ def side_by_side(found: dict[str, Any], kind: str, base: str, seconds: float) ->
                 else:
                     seen.append(what_is_there(place / "out"))
         except BaseException as error:
-            seen.append(f"{type(error).__name__}: {error}")
+            text = traceback.format_exc()
+            seen.append(f"{type(error).__name__}: {error}\n{text}")
         finally:
             report.write_text(json.dumps(seen))
             os._exit(0)
@@ -411,9 +412,14 @@ def _product() -> list[str]:
 
 
 def helper() -> None:
+    import threading
+
     import torch
+    from tqdm import tqdm
 
     torch.set_num_threads(1)
+    # Its own is shared with forks; one that is killed while it has it stops all others.
+    tqdm.set_lock(threading.RLock())
     found = models()
     found["folder"] = Path(tempfile.mkdtemp()) / "dense"
     found["dense"].save_pretrained(found["folder"])

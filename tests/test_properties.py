@@ -103,8 +103,10 @@ def form(weight: AffineQuantizedTensor) -> dict[str, Any]:
 def assert_near(got: Tensor, want: Tensor, size: Tensor) -> None:
     """Within one rounding of a sum whose terms add up to `size`."""
     assert got.shape == want.shape
-    unit = 2 * torch.finfo(got.dtype).eps
-    assert bool(((got.double() - want).abs() <= unit * size + 1e-30).all())
+    info = torch.finfo(got.dtype)
+    least = info.tiny * info.eps  # the distance of numbers below the normal ones
+    near = (got.double() - want).abs() <= 2 * info.eps * size + least
+    assert bool(near.all())
 
 
 # ---- quantize, pack, unpack, dequantize ------------------------------------------

@@ -203,9 +203,9 @@ def beside(folder: Path, check: Callable[[], None], overwrite: bool) -> Iterator
 
 
 def _put(new: Path, place: Path, overwrite: bool) -> None:
-    if place.exists():
+    with suppress(FileNotFoundError):  # another save may be between its two steps
         shutil.copymode(place, new)
-    if place.exists() and any(place.iterdir()) and overwrite:
+    if overwrite and names_in(place):
         _replace(new, place)
         return
     if os.name == "nt" and place.exists():
@@ -215,6 +215,9 @@ def _put(new: Path, place: Path, overwrite: bool) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
+        if overwrite and place.is_dir():  # it was there again, after a moment without
+            _replace(new, place)
+            return
         raise FileExistsError(
             f"{place} was written by somebody else meanwhile, and is not replaced; "
             "pass overwrite=True, or choose another folder"
@@ -227,23 +230,42 @@ def _replace(new: Path, place: Path) -> None:
     Where a system cannot exchange them the old one is called ``*.replaced`` for a moment
     in which there is none; `settle` gives it back if this process dies in it.
     """
-    old = new
+    replaced = [new]
     if not _exchange(new, place):
-        old = new.with_suffix(_REPLACED)
-        with ExitStack() as held:
-            with suppress(OSError):
-                held.enter_context(_locked(place, wait=True))
-            place.rename(old)
-            try:
-                new.rename(place)
-            except BaseException:
-                old.rename(place)
-                raise
+        replaced = []
+        while True:  # another save may come between the two steps
+            old = _new_name(place.with_name(f".{place.name}")).with_suffix(_REPLACED)
+            replaced.append(old)
+            if _step_aside(new, place, old):
+                break
     _sync_names(place.parent)
-    try:
-        shutil.rmtree(old)
-    except OSError as error:
-        logger.warning("%s is written; delete %s yourself: %s", place, old, error)
+    for old in replaced:
+        dying = old.with_suffix(_UNFINISHED)  # nothing that `settle` could give back
+        try:
+            old.rename(dying)
+            shutil.rmtree(dying)
+        except FileNotFoundError:
+            pass  # `settle` of another process gave it back, and it was replaced again
+        except OSError as error:
+            logger.warning("%s is written; delete %s yourself: %s", place, old, error)
+
+
+def _step_aside(new: Path, place: Path, old: Path) -> bool:
+    """Exchange two folders in two steps; False if another one stood there again."""
+    with ExitStack() as held:
+        with suppress(OSError):
+            held.enter_context(_locked(place, wait=True))
+        with suppress(FileNotFoundError):  # another save is between its steps
+            place.rename(old)
+        try:
+            new.rename(place)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                return False
+            with suppress(OSError):
+                old.rename(place)
+            raise
+    return True
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -259,17 +281,31 @@ def _exchange(one: Path, other: Path) -> bool:
         return False
 
 
+def names_in(folder: Path) -> list[str]:
+    """What a folder holds; nothing where there is none, or a file.
+
+    Never what is left of one that another save has put aside and deletes.
+    """
+    while True:
+        try:
+            before = os.stat(folder)
+            names = sorted(os.listdir(folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        with suppress(FileNotFoundError):
+            if os.path.samestat(before, os.stat(folder)):
+                return names
+
+
 def clean(place: Path) -> None:
     """Before a save: end or remove what killed ones have left in and beside a folder."""
     settle(place)
     pattern = rf"\.{re.escape(place.name)}\.[0-9a-f]{{8}}({_UNFINISHED}|{_REPLACED})"
     own = rf"\.affine-tensor\.[0-9a-f]{{8}}{_UNFINISHED}"
     for folder, names in ((place.parent, pattern), (place, own)):
-        if not folder.is_dir():
-            continue
-        for path in sorted(folder.iterdir()):
-            if re.fullmatch(names, path.name):
-                _remove(path)
+        for name in names_in(folder):
+            if re.fullmatch(names, name):
+                _remove(folder / name)
 
 
 def _remove(leftover: Path) -> None:
@@ -328,7 +364,12 @@ def settle(folder: Path) -> None:
         place = folder.resolve()
         for old in place.parent.glob(f".{_escaped(place.name)}.*{_REPLACED}"):
             with suppress(FileNotFoundError), _locked(old, wait=True):
-                old.rename(place)
+                try:
+                    old.rename(place)
+                except OSError as error:
+                    if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                        return  # another save has put its own there
+                    raise
                 logger.warning("%s is back, after an interrupted save", folder)
                 return
 

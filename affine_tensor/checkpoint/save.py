@@ -185,17 +185,16 @@ def check_free(folder: Path, overwrite: bool) -> None:
 
 
 def _check_free(folder: Path, overwrite: bool) -> None:
-    if not folder.exists():
-        return
-    if not folder.is_dir():
+    if folder.is_file():
         raise FileExistsError(f"{folder} is a file; a folder is written")
-    if not any(folder.iterdir()):
+    names = place.names_in(folder)
+    if not names:
         return
     if not overwrite:
         raise FileExistsError(
             f"{folder} is not empty; pass overwrite=True to replace it"
         )
-    if not (folder / CONFIG).exists() and not any(folder.glob("*.safetensors")):
+    if CONFIG not in names and not any(n.endswith(".safetensors") for n in names):
         raise FileExistsError(
             f"{folder} holds files and no checkpoint; it is not replaced. Choose "
             "another folder or empty this one"
