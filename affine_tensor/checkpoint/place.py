@@ -259,8 +259,8 @@ def _step_aside(new: Path, place: Path, old: Path) -> bool:
             place.rename(old)
         try:
             new.rename(place)
-        except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+        except BaseException as error:  # KeyboardInterrupt, too
+            if getattr(error, "errno", None) in (errno.ENOTEMPTY, errno.EEXIST):
                 return False
             with suppress(OSError):
                 old.rename(place)
