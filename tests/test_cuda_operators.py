@@ -13,6 +13,7 @@ from emulated_cuda import EmulatedCuda, emulated_cuda, needs_compiler
 from torch import Tensor
 
 from affine_tensor import AffineQuantizedTensor, layout, ops
+from affine_tensor.doctor.watch import watched
 from affine_tensor.kernels import KernelError, cuda, settings
 from affine_tensor.kernels.cuda import experts, launch, library, products
 
@@ -426,3 +427,18 @@ def test_an_error_of_the_driver_is_told(emulated_cuda: EmulatedCuda) -> None:
         made(0)
     with pytest.raises(KernelError, match="cuModuleLoadData fails"):
         launch.function(b"/nowhere\0", "affine_gemv", 0)
+
+
+def test_the_doctor_sees_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = randn(3, 192), make(37, 192)
+    F.linear(x, weight)  # is prepared
+    with watched() as watch:
+        F.linear(x, weight)
+        assert (watch.launches, watch.calls) == (["own"], 1)
+        watch.clear()
+        monkeypatch.setattr(settings, "cuda_backend", "reference")
+        F.linear(x, weight)
+        assert watch.launches == []
+    monkeypatch.setattr(settings, "cuda_backend", "own")
+    F.linear(x, weight)
+    assert watch.launches == []

@@ -65,8 +65,8 @@ def _as_json(device: str | None, quick: bool, only: str) -> int:
     """Print what `doctor.check` finds as an object; 1 if anything is wrong.
 
     ``device``, ``name``, ``versions``; ``ok``; ``rows`` of operators: ``operator``,
-    ``kernels`` (none: the reference), ``cases``, ``error_over_bound``, ``failures``;
-    ``in_use``: ``name``, ``state`` (ok, skipped, FAILED), ``text``.
+    ``kernels`` ("reference" where a case took none), ``cases``, ``error_over_bound``,
+    ``failures``; ``in_use``: ``name``, ``state`` (ok, skipped, FAILED), ``text``.
     """
     import torch
 

@@ -26,7 +26,8 @@ class Row:
     name: str
     cases: int = 0
     worst: float = 0.0
-    kernels: dict[str, None] = field(default_factory=dict)  # in order of appearance
+    # In order of appearance; "reference" where a case took none.
+    kernels: dict[str, None] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
 
     @property
@@ -34,7 +35,7 @@ class Row:
         return f"{len(self.wrong)} WRONG" if self.wrong else "ok"
 
     def cells(self) -> tuple[str, ...]:
-        kernels = ", ".join(self.kernels) or ("none" if self.wrong else "reference")
+        kernels = ", ".join(self.kernels) or "none"
         return (self.name, kernels, str(self.cases), f"{self.worst:.2f}", self.verdict)
 
     def failures(self) -> list[str]:
@@ -132,7 +133,7 @@ def _check(row: Row, call: Call, format: Format, kind: str, watch: Watch) -> Non
         watch.clear()
         first, second = call.run(device), call.run(device)
         slow = watch.slow_path(kind) if served else None
-        row.kernels.update(dict.fromkeys(watch.launches))
+        row.kernels.update(dict.fromkeys(watch.launches or ["reference"]))
         for results in (first, second):
             # The CPU's kernels round float16 inputs to 16-bit integers.
             worst, wrong = call.judge(results, rounds=not served or kind == "cpu")

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from .. import ops
 from .. import tensor as tensor_module
-from ..kernels import metal, settings
+from ..kernels import cpu, metal, settings
+from ..kernels.cpu import library as cpu_library
+from ..kernels.cuda.launch import Launch
 from ..kernels.metal import library, values
 from ..kernels.metal.library import Kernel, Variant
 
@@ -72,11 +74,25 @@ class _Kernel:
         return getattr(self._kernel, name)
 
 
+def _noting(function: Any, name: str, watch: Watch) -> Any:
+    """A function of the CPU's library that notes when it did its work."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> int:
+        code: int = function(*arguments)
+        if code == cpu_library.DONE:  # else the reference does it
+            watch.launches.append(name.removeprefix("affine_"))
+        return code
+
+    return call
+
+
 def forget() -> None:
     """Drop all compiled kernels and plans."""
     library.reset()
     metal.reset()
     values.reset()
+    cpu.reset()
 
 
 @contextmanager
@@ -84,7 +100,7 @@ def watched() -> Iterator[Watch]:
     """Within, kernels are compiled anew and watched, and one that is wrong raises."""
     watch = Watch()
     compile_shader, device_of = torch.mps.compile_shader, ops.device_of
-    checked = library._checked
+    checked, of_cpu, launch = library._checked, cpu_library.function, Launch.__call__
     before = settings.strict, settings.metal_backend
 
     @functools.wraps(compile_shader)
@@ -98,6 +114,14 @@ def watched() -> Iterator[Watch]:
         finally:
             watch.checking = False
 
+    def function(source: str, name: str, *more: Any, **defines: Any) -> Any:
+        found = of_cpu(source, name, *more, **defines)
+        return None if found is None else _noting(found, name, watch)
+
+    def launch_and_note(self: Launch, stream: int, *pointers: int) -> None:
+        launch(self, stream, *pointers)
+        watch.launches.append("own")  # a launch of CUDA's does not know its name
+
     # Every operator asks once where it runs.
     def count(tensor: Tensor) -> str:
         watch.calls += 1
@@ -106,6 +130,8 @@ def watched() -> Iterator[Watch]:
     forget()
     torch.mps.compile_shader, ops.device_of = compile_and_watch, count
     library._checked = check_unseen
+    cpu_library.function = function
+    Launch.__call__ = launch_and_note  # type: ignore[method-assign]
     settings.strict, settings.metal_backend = True, "own"
     logger = logging.getLogger("affine_tensor")
     logger.addHandler(watch)
@@ -116,6 +142,7 @@ def watched() -> Iterator[Watch]:
         logger.removeHandler(watch)
         logger.propagate = propagate
         torch.mps.compile_shader, ops.device_of = compile_shader, device_of
-        library._checked = checked
+        library._checked, cpu_library.function = checked, of_cpu
+        Launch.__call__ = launch  # type: ignore[method-assign]
         settings.strict, settings.metal_backend = before
         forget()

@@ -28,7 +28,7 @@ from .library import (
     tidy,
 )
 
-__all__ = ["grouped_linear", "linear", "weights"]
+__all__ = ["grouped_linear", "linear", "reset", "weights"]
 
 _P, _I, _N = POINTER, INDEX, NUMBER
 # As affine_linear in shaders/cpu/product.cpp declares them.
@@ -42,6 +42,11 @@ _ARGUMENTS = (
 _NOT_HERE = 1
 
 _linear_functions: dict[Any, Function | None] = {}
+
+
+def reset() -> None:
+    """Forget which functions there are; `library` keeps what was compiled and checked."""
+    _linear_functions.clear()
 
 
 def _function(bits: int, group_size: int, dtype: torch.dtype) -> Function | None:
