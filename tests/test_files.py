@@ -408,6 +408,17 @@ def test_an_index_names_safetensors_only(name: str, tmp_path: Path) -> None:
     assert repr(name) in str(caught.value)
 
 
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    put(tmp_path, "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(
+        '{"base_model_name_or_path": "org/base"}'
+    )
+    with pytest.raises(CheckpointError, match="an adapter of PEFT") as caught:
+        open_checkpoint(tmp_path)
+    assert "org/base" in str(caught.value)
+    assert f"PeftModel.from_pretrained(model, {str(tmp_path)!r})" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -459,6 +459,7 @@ def _choose_in(folder: Path, headers: dict[str, _Header]) -> _Choice:
         raise CheckpointError(
             f"there is no model*.safetensors in {folder} (only safetensors is read); "
             f"it holds {', '.join(others) or 'no files'}{gone if index else ''}"
+            + _adapter_hint(folder, others)
         )
     if choice.stale:
         log_once(
@@ -623,6 +624,17 @@ def _strict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no number")
+
+
+def _adapter_hint(folder: Path, names: Collection[str]) -> str:
+    """What to do with an adapter of PEFT, which is no model."""
+    if "adapter_config.json" not in names:
+        return ""
+    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    return (
+        f". That is an adapter of PEFT: load its model ({base or 'which it does not name'})"
+        f" and put it on with peft.PeftModel.from_pretrained(model, {str(folder)!r})"
+    )
 
 
 def _read_index(folder: Path) -> dict[str, str]:

@@ -18,7 +18,13 @@ from . import files
 from .files import Checkpoint, CheckpointError, StoredTensor
 
 # Of a repository: its configuration and what says how it is quantized. No tokenizer.
-_JSON = ("config.json", "*.index.json", "quant*_config.json", "generation_config.json")
+_JSON = (
+    "config.json",
+    "adapter_config.json",
+    "*.index.json",
+    "quant*_config.json",
+    "generation_config.json",
+)
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ def _open_remote(
         raise CheckpointError(
             f"there is no model*.safetensors in {where} (only safetensors is read). "
             "Name another repository, or convert its weights to safetensors first"
+            + files._adapter_hint(folder, [path.name for path in folder.glob("*.json")])
         )
     names_of(choice.files)
     tensors: dict[str, StoredTensor] = {}
