@@ -67,15 +67,8 @@ def command(
     device: models.Device = None,
     dtype: DType = "auto",
     revision: Revision = None,
-    fuse: Annotated[
-        bool, typer.Option("--fuse", help="Multiply by sibling projections at once.")
-    ] = False,
-    compile: Annotated[
-        bool,
-        typer.Option(
-            "--compile", help="Decode through torch.compile, which takes time."
-        ),
-    ] = False,
+    fuse: models.Fuse = False,
+    compile: models.Compile = False,
     as_json: AsJson = False,
 ) -> None:
     """Time prompts and decoding: medians over rounds, with the least and the most.

@@ -61,15 +61,8 @@ def command(
     device: models.Device = None,
     dtype: DType = "auto",
     revision: Revision = None,
-    fuse: Annotated[
-        bool, typer.Option("--fuse", help="Multiply by sibling projections at once.")
-    ] = False,
-    compile: Annotated[
-        bool,
-        typer.Option(
-            "--compile", help="Decode through torch.compile, which takes time."
-        ),
-    ] = False,
+    fuse: models.Fuse = False,
+    compile: models.Compile = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="No statistics on stderr.")
     ] = False,

@@ -40,6 +40,13 @@ Revision = Annotated[
     str | None,
     typer.Option(help="Branch, tag or commit of the repository.", show_default=False),
 ]
+Fuse = Annotated[
+    bool, typer.Option("--fuse", help="Multiply by sibling projections at once.")
+]
+Compile = Annotated[
+    bool,
+    typer.Option("--compile", help="Decode through torch.compile, which takes time."),
+]
 
 
 def note(text: str) -> None:
