@@ -38,6 +38,7 @@ def job(source: Path = SHIPPED, **more: Any) -> dict[str, Any]:
         "device": "cpu",
         "dtype": "auto",
         "revision": None,
+        "attention": None,
         "fuse": False,
         "compile": False,
         **more,

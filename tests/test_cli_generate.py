@@ -161,6 +161,24 @@ def test_compile_asks_torch(monkeypatch: Patch, capsys: Capture) -> None:
 # ---- prompts ---------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("folder", [SHIPPED, DENSE], ids=["mlx", "dense"])
+def test_attention_by_name(folder: Path, monkeypatch: Patch) -> None:
+    used = list[str]()
+    load = models.load
+
+    def note(*args: Any, **kwargs: Any) -> models.Loaded:
+        loaded = load(*args, **kwargs)
+        used.append(loaded.model.config._attn_implementation)
+        return loaded
+
+    monkeypatch.setattr(models, "load", note)
+    options = ["-n", "2", "-q", "--attention"]
+    for name in ("sdpa_float32", "eager"):
+        arguments = ("generate", str(folder), PROMPT, *options, name)
+        assert run_main(monkeypatch, *arguments) == 0
+    assert used == ["sdpa_float32", "eager"]
+
+
 def test_the_chat_template(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(with_template(tmp_path / "m"))
     ids = generate.encode(tokenizer, "sort", "be brief")

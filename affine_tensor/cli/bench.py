@@ -67,6 +67,7 @@ def command(
     device: models.Device = None,
     dtype: DType = "auto",
     revision: Revision = None,
+    attention: models.Attention = None,
     fuse: models.Fuse = False,
     compile: models.Compile = False,
     as_json: AsJson = False,
@@ -86,6 +87,7 @@ def command(
         "device": device,
         "dtype": dtype,
         "revision": revision,
+        "attention": attention,
         "fuse": fuse,
         "compile": compile,
     }
@@ -209,6 +211,7 @@ class Transformers:
             device=job["device"],
             dtype=job["dtype"],
             revision=job["revision"],
+            attention=job["attention"],
             tokenizer=False,
             dense=job["name"] == "dense",
         )

@@ -61,6 +61,7 @@ def command(
     device: models.Device = None,
     dtype: DType = "auto",
     revision: Revision = None,
+    attention: models.Attention = None,
     fuse: models.Fuse = False,
     compile: models.Compile = False,
     quiet: Annotated[
@@ -78,7 +79,9 @@ def command(
     if top_p < 1 and not temperature:
         raise typer.BadParameter("--top-p needs sampling: --temperature above 0")
     text = _read(prompt)
-    loaded = models.load(source, device=device, dtype=dtype, revision=revision)
+    loaded = models.load(
+        source, device=device, dtype=dtype, revision=revision, attention=attention
+    )
     ids = encode(loaded.tokenizer, text, system, chat=not no_chat_template)
     if fuse:
         models.fuse(loaded)
