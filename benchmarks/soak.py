@@ -39,7 +39,7 @@ import psutil
 import torch
 from common import save
 from peft import LoraConfig, get_peft_model
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import is_fake
 
 import affine_tensor
 from affine_tensor.quantize import format_table
@@ -200,11 +200,7 @@ def sample(count: int, seconds: float, device: str) -> Sample:
     """What is held now, after garbage was collected."""
     gc.collect()
     process = psutil.Process()
-    held = [
-        one
-        for one in gc.get_objects()
-        if issubclass(type(one), torch.Tensor) and not issubclass(type(one), FakeTensor)
-    ]  # those of compilers stand for shapes, and hold nothing
+    held = [one for one in gc.get_objects() if _holds(one)]
     sizes = [t.numel() * t.element_size() for t in held]
     cuda = device == "cuda"
     return Sample(
@@ -217,6 +213,17 @@ def sample(count: int, seconds: float, device: str) -> Sample:
         torch.cuda.memory_allocated() if cuda else 0,
         torch.cuda.memory_reserved() if cuda else 0,
     )
+
+
+def _holds(one: object) -> bool:
+    """Whether it is a tensor with memory: those of compilers stand for shapes."""
+    if not issubclass(type(one), torch.Tensor):
+        return False
+    assert isinstance(one, torch.Tensor)
+    try:
+        return type(one.numel()) is int and not is_fake(one)
+    except (RuntimeError, ValueError):  # a lazy parameter
+        return False
 
 
 def _settled(samples: Sequence[Sample]) -> list[Sample]:

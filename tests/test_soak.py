@@ -9,6 +9,10 @@ from types import ModuleType
 
 import pytest
 import torch
+from conftest import make
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 pytest.importorskip("peft", reason="peft makes the adapters")
 pytest.importorskip("psutil", reason="psutil tells the memory of a process")
@@ -51,6 +55,22 @@ def test_a_leak_is_found(soak: ModuleType, capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit, match="memory grows: rss, tensors, tensor_bytes, f"):
         soak.main(SHORT, planted=leak)
     assert capsys.readouterr().out.count("GROWS") == 4
+
+
+def test_tensors_of_compilers_do_not_count(soak: ModuleType) -> None:
+    before = soak.sample(0, 0.0, "cpu")
+    weight = make(32, 64)
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    held = [
+        mode.from_tensor(one, static_shapes=False)
+        for one in (torch.ones(4096), weight, torch.ones(7, 5))
+    ]
+    held.append(nn.LazyLinear(4).weight)
+    after = soak.sample(0, 0.0, "cpu")
+    parts = 4  # words, scales, biases, and the tensor of them
+    assert 1 <= after.tensors - before.tensors <= parts
+    assert after.tensor_bytes - before.tensor_bytes < 32 * 64 * 5
+    assert len(held) == 4
 
 
 def test_what_grows_is_told_from_what_varies(monkeypatch: pytest.MonkeyPatch) -> None:
