@@ -449,9 +449,13 @@ def test_a_library_is_compiled_once(tmp_path: Path) -> None:
     assert all(file.stat().st_size for file in libraries)
 
 
-def test_without_a_compiler_the_reference_is_used_and_said_once() -> None:
+@pytest.mark.parametrize("dtype", layout.WEIGHT_DTYPES, ids=str)
+def test_without_a_compiler_the_reference_is_used_and_said_once(
+    dtype: torch.dtype,
+) -> None:
     code = """
-    import logging, torch
+    import logging, os, torch
+    dtype = getattr(torch, os.environ["DTYPE"])
     lines = []
     class Lines(logging.Handler):
         def emit(self, record):
@@ -459,8 +463,8 @@ def test_without_a_compiler_the_reference_is_used_and_said_once() -> None:
     logging.getLogger("affine_tensor").addHandler(Lines())
     from affine_tensor import AffineConfig, quantize_, kernels
     model = torch.nn.Linear(64, 32)
-    quantize_(model, AffineConfig(4, 32))
-    x = torch.randn(3, 64)
+    quantize_(model.to(dtype), AffineConfig(4, 32))
+    x = torch.randn(3, 64, dtype=dtype)
     with torch.no_grad():
         for _ in range(2):
             y = model(x)
@@ -473,9 +477,12 @@ def test_without_a_compiler_the_reference_is_used_and_said_once() -> None:
     except kernels.KernelError as error:
         print(error)
     """
-    said, raised = run_python(
-        code, AFFINE_TENSOR_CXX="no-such-compiler", AFFINE_TENSOR_STRICT="0"
-    ).splitlines()
+    environment = {
+        "AFFINE_TENSOR_CXX": "no-such-compiler",
+        "AFFINE_TENSOR_STRICT": "0",
+        "DTYPE": layout.name_of(dtype),
+    }
+    said, raised = run_python(code, **environment).splitlines()
     assert "no-such-compiler" in said
     assert "|" not in said
     assert said.startswith("the CPU's kernels are not used, weights are dequantized")

@@ -51,9 +51,16 @@ def kind(bits: int, dtype: torch.dtype) -> int:
     if dtype == torch.float32:
         return TWO_PLANES
     # bfloat16 holds 128 + code for seven bits at most.
-    if dtype == torch.bfloat16 and bits < 8 and compiler.find().multiplies_bfloat16:
+    if dtype == torch.bfloat16 and bits < 8 and _multiplies_bfloat16():
         return BFLOAT16
     return ONE_PLANE
+
+
+def _multiplies_bfloat16() -> bool:
+    try:
+        return compiler.find().multiplies_bfloat16
+    except KernelError:  # which `function` tells
+        return False
 
 
 def threads() -> int:
