@@ -123,6 +123,41 @@ def test_an_mlx_checkpoint_comes_out_as_it_was(dtype: str, tmp_path: Path) -> No
     equal(tmp_path / "ours", tmp_path / "mlx")
 
 
+@pytest.mark.parametrize("dtype", ["auto", "keep"])
+def test_norms_that_are_wider_while_loaded_come_out_as_they_were(
+    dtype: str, tmp_path: Path
+) -> None:
+    """Here they are 1 + w, in float32 where bfloat16 would not give w back."""
+    pytest.importorskip("mlx_lm", reason="mlx-lm writes the checkpoint")
+    _write_recurrent(tmp_path / "mlx")
+    affine_tensor.convert(tmp_path / "mlx", tmp_path / "ours", dtype=dtype)
+    equal(tmp_path / "ours", tmp_path / "mlx")
+
+
+@pytest.mark.parametrize("options", [{"bits": 3}, {"dequantize": True}], ids=str)
+def test_their_dtype_stays_whatever_becomes_of_the_weights(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("mlx_lm", reason="mlx-lm writes the checkpoint")
+    _write_recurrent(tmp_path / "mlx")
+    affine_tensor.convert(tmp_path / "mlx", tmp_path / "ours", **options)
+    before, after = tensors_of(tmp_path / "mlx"), tensors_of(tmp_path / "ours")
+    norms = [name for name in before if "norm" in name]
+    assert len(norms) > 5
+    for name in norms:
+        assert after[name].dtype == before[name].dtype, name
+        assert torch.equal(after[name], before[name]), name
+
+
+def _write_recurrent(folder: Path) -> None:
+    import cases_recurrent
+
+    case = next(c for c in cases_recurrent.CASES if c.model_type == "qwen3_next")
+    write_mlx_checkpoint(case, folder, dtype="bfloat16")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "bfloat16"}))
+
+
 # ---- quantized again, and dense -----------------------------------------------------
 
 

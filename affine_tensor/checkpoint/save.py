@@ -258,7 +258,8 @@ def _entries(
                 else:
                     report.changed[name] = "left out (MLX takes it for zeros)"
             continue
-        counted = main[0][0] if main else None
+        # Buffers stay as the model made them.
+        counted = main[0][0] if main and isinstance(value, nn.Parameter) else None
         entries += _entries_of(
             names, name, value, scales, counted, unsupported, report, problems
         )
@@ -279,8 +280,8 @@ def _entries_of(
     """What a parameter becomes. Dense ones of the dtype `counted` get that of the scales;
     what MLX cannot hold is noted in the report, or in `problems` if it is an error."""
     form = next(names.forms(name, value.shape))
-    counts = counted is not None and _counts_as(value, form, counted)
-    dtype = scales if counts else None
+    counts = counted is not None and counts_as(value, form, counted)
+    dtype = (scales or counted) if counts else None
     for piece in _pieces(form, value):
         reason = _misfit(piece, value)
         if reason and unsupported == "error":
@@ -325,11 +326,11 @@ def _values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield (f"{prefix}.{own}" if prefix else own), buffer
 
 
-def _counts_as(value: Tensor, form: Form, dtype: torch.dtype) -> bool:
+def counts_as(value: Tensor, form: Form, dtype: torch.dtype) -> bool:
     """Whether a dense parameter is stored in the dtype of the scales: those of the
     model's dtype, and those that are wider only while they are loaded."""
     changes = any(part.changes_values for part in form.forms())
-    return isinstance(value, nn.Parameter) and (value.dtype == dtype or changes)
+    return value.dtype == dtype or changes
 
 
 @dataclass(frozen=True)
@@ -614,8 +615,10 @@ class Writing:
         entry = _packed_entry(piece, None, None, None, self.report)
         self.writer.add(entry.make())
 
-    def dense(self, name: str, value: Tensor) -> None:
-        self.writer.add({name: _own(value)})
+    def dense(self, name: str, value: Tensor, dtype: torch.dtype | None = None) -> None:
+        """Write a dense tensor, in `dtype` if given."""
+        own = value if dtype is None else cast(name, value, dtype)
+        self.writer.add({name: _own(own)})
 
     def parameter(
         self,
@@ -624,10 +627,11 @@ class Writing:
         value: Tensor,
         *,
         dtype: torch.dtype | None,
-        counted: torch.dtype,
+        counted: torch.dtype | None,
         unsupported: Unsupported,
     ) -> None:
-        """Write a parameter or buffer as it is, as `save_checkpoint` would."""
+        """Write a parameter as it is, as `save_checkpoint` would; or a buffer, of which
+        `counted` is None."""
         problems: list[str] = []
         for entry in _entries_of(
             names, name, value, dtype, counted, unsupported, self.report, problems
@@ -665,7 +669,9 @@ def save_into(
                 report.changed[name] = "left out: MLX has no place for it"
             elif not value.is_meta:
                 form = next(names.forms(name, value.shape))
-                own = dtype if _counts_as(value, form, dtype) else None
+                own = dtype if isinstance(value, nn.Parameter) else None
+                if own and not counts_as(value, form, own):
+                    own = None
                 for piece in _pieces(form, value):
                     writer.add(_dense_entry(piece, own, report).make())
         _finish(model, beside, writer, report, _model_dtype(model), None)

@@ -15,9 +15,9 @@ from ..checkpoint import formats
 from ..checkpoint.files import CONFIG, Checkpoint
 from ..checkpoint.load import Planned, check_repeated, make_plan
 from ..checkpoint.names import Names
-from ..checkpoint.save import Unsupported, Writing
+from ..checkpoint.save import Unsupported, Writing, counts_as
 from ..fold import fold_permutations_
-from ..quantize import slots
+from ..quantize import Slot, slots
 from ..tensor import AffineQuantizedTensor
 from .choices import Choices, relative_loss
 from .config import AffineQuantizationConfig
@@ -70,15 +70,17 @@ def rewrite(
             while values:
                 item, value = items.pop(0), values.pop(0)
                 name = item.target.name
+                # Of buffers None: they stay as the model made them.
+                counted = own if isinstance(item.target, Slot) else None
                 if choices is not None:
-                    _quantize_again(choices, writing, name, value)
+                    _quantize_again(choices, writing, name, value, counted)
                 else:
                     writing.parameter(
                         names,
                         name,
                         _dense(value, dtypes[name]) if dequantize else value,
                         dtype=None if dtype == "keep" else own,
-                        counted=own,
+                        counted=counted,
                         unsupported=unsupported,
                     )
                 del value
@@ -121,10 +123,16 @@ def _dense(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _quantize_again(
-    choices: Choices, writing: Writing, name: str, value: Tensor
+    choices: Choices,
+    writing: Writing,
+    name: str,
+    value: Tensor,
+    counted: torch.dtype | None,
 ) -> None:
-    """Write a parameter in the bits and groups that were chosen for it."""
+    """Write a parameter in the bits and groups that were chosen for it. `counted` is the
+    dtype of the model, which what was wider only while it was loaded gets back."""
     form, pieces, reasons = choices.pieces(name, value)
+    dtype = counted if counted and counts_as(value, form, counted) else None
     writing.report.dense |= reasons
     packed = isinstance(value, AffineQuantizedTensor) or hasattr(value, "affine_parts")
     before = form.save(value.detach()) if packed else {}
@@ -137,7 +145,7 @@ def _quantize_again(
                 writing.report.lost[leaf] = relative_loss(piece, before[leaf])
             writing.packed(leaf, piece)
         else:
-            writing.dense(leaf, piece)
+            writing.dense(leaf, piece, dtype)
 
 
 # ---- act-order --------------------------------------------------------------------
