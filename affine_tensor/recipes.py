@@ -167,6 +167,11 @@ def module_paths(model: nn.Module) -> dict[str, list[str]]:
     return paths
 
 
+def tied(model: nn.Module) -> dict[str, str]:
+    """Of each other name of a shared parameter its first one."""
+    return {name: own for name, own in _first_names(model).items() if name != own}
+
+
 def _first_names(model: nn.Module) -> dict[str, str]:
     """Each name of each parameter, and the first one of the same parameter."""
     first = {}
@@ -272,6 +277,13 @@ def _check_names(answers: Mapping[str, Answer], model: nn.Module) -> None:
     ]
     if not lost:
         return
+    for name, first in tied(model).items():
+        alias, own = (n.removesuffix(".weight") for n in (name, first))
+        if any(fnmatchcase(n, lost[0]) or n == lost[0] for n in (name, alias)):
+            raise ValueError(
+                f"the recipe names {lost[0]}, which has no weight of its own in this "
+                f"{type(model).__name__}: it is tied to {own}. Name that"
+            )
     modules = list(dict.fromkeys(name.removesuffix(".weight") for name, _ in pairs))
     near = difflib.get_close_matches(lost[0], modules, 5, 0.5) or modules[:8]
     raise ValueError(

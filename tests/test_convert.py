@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -272,6 +273,64 @@ def test_the_report_says_what_stayed_dense(tmp_path: Path) -> None:
     model = from_pretrained(tmp_path / "ours")
     count = sum(p.numel() for p in model.parameters())
     assert report.bits_per_weight == pytest.approx(8 * size / count)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "dense"),
+    [
+        ("mlp", r"\.mlp\."),
+        ("model.layers.1", r"layers\.1\."),
+        ("*mlp*", r"\.mlp\."),
+        ("model.layers.?.mlp.up_proj", r"mlp\.up_proj"),
+        (r"model\.layers\.\d\.self_attn", r"self_attn"),
+        ("_proj", r"_proj\."),
+        ("*", ""),
+    ],
+)
+def test_modules_that_stay_dense_take_what_is_in_them_along(
+    pattern: str, dense: str, tmp_path: Path
+) -> None:
+    _write_dense_checkpoint(LLAMA, tmp_path / "dense")
+    report = affine_tensor.convert(
+        *(tmp_path / "dense", tmp_path / "ours"), modules_to_not_convert=[pattern]
+    )
+    names = {*report.packed, *report.dense}
+    assert len(names) == 16
+    assert {*report.dense} == {name for name in names if re.search(dense, name)}
+    assert {*report.dense.values()} == {"left out by modules_to_not_convert"}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("lm_head", "tied to model.embed_tokens. Name model.embed_tokens"),
+        ("lm_h*", "tied to model.embed_tokens. Name model.embed_tokens"),
+        ("norm", "dense anyway"),
+        ("[x", "'\\[x' is to stay dense, and LlamaForCausalLM has no such module"),
+        ("(x", "'\\(x' is to stay dense, and is no pattern"),
+        ("", "is empty"),
+    ],
+)
+def test_modules_to_leave_dense_that_leave_none(
+    pattern: str, message: str, tmp_path: Path
+) -> None:
+    _write_dense_checkpoint(TIED, tmp_path / "dense")
+    with pytest.raises(ValueError, match=message):
+        affine_tensor.convert(
+            *(tmp_path / "dense", tmp_path / "ours"), modules_to_not_convert=[pattern]
+        )
+    assert not (tmp_path / "ours").exists()
+
+
+def test_the_name_that_a_tied_head_has_in_a_recipe(tmp_path: Path) -> None:
+    _write_dense_checkpoint(TIED, tmp_path / "dense")
+    with pytest.raises(ValueError, match=r"lm_head.*tied to model\.embed_tokens"):
+        affine_tensor.convert(
+            *(tmp_path / "dense", tmp_path / "ours"), recipe={"lm_head": False}
+        )
+
+
+TIED = Case("llama", {"tie_word_embeddings": True})
 
 
 # ---- memory -----------------------------------------------------------------------

@@ -23,7 +23,7 @@ affine-tensor convert Qwen/Qwen3-0.6B ./qwen-4bit
 
 affine-tensor convert ./dense ./mixed --recipe mixed_3_6
 
-affine-tensor convert ./dense ./out --bits 6 --group-size 32 --skip lm_head
+affine-tensor convert ./dense ./out --bits 6 --group-size 32 --skip embed_tokens
 
 affine-tensor convert ./model-gptq ./model-mlx   (the same codes)
 
@@ -110,7 +110,8 @@ def command(
         list[str] | None,
         typer.Option(
             metavar="MODULE",
-            help="Leave it dense: the beginning or end of names. Repeatable.",
+            help="Leave it, and what is in it, dense: the beginning or end of a name, "
+            "or a pattern such as '*.mlp.*'. Repeatable.",
             show_default=False,
         ),
     ] = None,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -27,8 +29,8 @@ class Choices:
         self.model, self.names = model, Names(model)
         self.default = AffineConfig(config.bits, config.group_size)
         self._left_out = list(config.modules_to_not_convert or [])
-        self.skip = [
-            *self._left_out,
+        self._skipped = [matcher(pattern) for pattern in self._left_out]
+        self._kept = [
             *(getattr(model, "_keep_in_fp32_modules", None) or []),
             *(getattr(model, "_keep_in_fp32_modules_strict", None) or []),
         ]
@@ -49,9 +51,10 @@ class Choices:
             )
             if not (router and name.endswith(".weight")):
                 return "no Linear, Embedding or stack of experts"
-        module = name.rpartition(".")[0]
-        if self.skip and not should_convert_module(module, self.skip):
+        if any(matches(name) for matches in self._skipped):
             return "left out by modules_to_not_convert"
+        if not should_convert_module(name.rpartition(".")[0], self._kept):
+            return f"{type(self.model).__name__} keeps it in float32"
         answer = self._choose(name, path)
         if answer is False:
             return "left out by the recipe"
@@ -101,17 +104,81 @@ class Choices:
         return form, pieces, reasons
 
 
-def check_skipped(model: nn.Module, skip: Iterable[str]) -> None:
-    """Raise ValueError for a name of modules to leave out that is none of the model's."""
-    modules = [name for name, _ in model.named_modules() if name]
-    for pattern in skip:
-        if all(should_convert_module(name, [pattern]) for name in modules):
-            kinds = dict.fromkeys(name.rpartition(".")[2] for name in modules)
-            names = [name for name in kinds if not name.isdigit()]
+def matcher(pattern: str) -> Callable[[str], bool]:
+    """Whether a module to leave dense means the parameter of a name.
+
+    It is the beginning or end of the name of the module, or of one around it, as
+    transformers has it, which takes regular expressions too; or a pattern with `*` for
+    one of these names, as in recipes. Raises ValueError for what can be neither.
+    """
+    if not pattern:
+        raise ValueError("the name of a module that is to stay dense is empty")
+    glob = re.search(r"[*?[]", pattern) and not re.search(r"^\.|[\\()|^$+{]", pattern)
+    if not glob:
+        try:
+            re.compile(pattern)
+        except re.error as error:
             raise ValueError(
-                f"{pattern!r} is to stay dense, and {type(model).__name__} has no such "
-                f"module. Its modules are called {', '.join(names)}"
+                f"{pattern!r} is to stay dense, and is no pattern: {error}. Give the "
+                "beginning or end of a module's name, or one with '*'"
+            ) from error
+
+    def matches(name: str) -> bool:
+        first, *around = _levels(name.removesuffix(".weight"))
+        if glob:
+            return any(fnmatchcase(own, pattern) for own in (first, *around))
+        # The end of the name of its own may be a part of a word: "_proj".
+        return not should_convert_module(first, [pattern]) or any(
+            own.endswith(f".{pattern}") or own == pattern for own in around
+        )
+
+    return matches
+
+
+def _levels(name: str) -> list[str]:
+    """The name, and those of the modules around it, from within."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+
+
+def check_skipped(model: nn.Module, skip: Iterable[str]) -> None:
+    """Raise ValueError for a name of modules to leave out that leaves none out."""
+    values = {slot.name: slot.parameter for slot in slots(model).values()}
+    quantized = [
+        name
+        for name, paths in recipes.module_paths(model).items()
+        if is_quantizable(model, name, values[name])
+        or any(recipes.is_linear_router(model, path) for path in paths)
+    ]
+    for pattern in skip:
+        matches = matcher(pattern)
+        if not any(map(matches, quantized)):
+            raise ValueError(
+                f"{pattern!r} is to stay dense, and {_why_none(model, matches)}"
             )
+
+
+def _why_none(model: nn.Module, matches: Callable[[str], bool]) -> str:
+    """Why no weight that is quantized has a name that matches."""
+    for name, first in recipes.tied(model).items():
+        if matches(name):
+            alias, own = (n.removesuffix(".weight") for n in (name, first))
+            return (
+                f"{alias} has no weight of its own: it is tied to {own}. Name {own} to "
+                "leave both dense"
+            )
+    modules = [name for name, _ in model.named_modules() if name]
+    if any(matches(name) for name in modules):
+        return (
+            f"no weight of {type(model).__name__} that is quantized has such a name: what "
+            "has it is dense anyway. Leave it out"
+        )
+    kinds = dict.fromkeys(name.rpartition(".")[2] for name in modules)
+    names = [name for name in kinds if not name.isdigit()]
+    return (
+        f"{type(model).__name__} has no such module. Its modules are called "
+        f"{', '.join(names)}"
+    )
 
 
 def is_quantizable(model: nn.Module, name: str, parameter: Tensor) -> bool:
