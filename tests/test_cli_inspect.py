@@ -379,7 +379,9 @@ def test_compressed_tensors(tmp_path: Path) -> None:
     kinds = {kind["name"]: kind for kind in value["kinds"]}
     down = kinds["model.layers.0.mlp.down_proj.weight"]
     assert (down["shape"], down["bits"], down["group_size"]) == ([128, 256], 4, 64)
-    assert down["bits_per_weight"] == 4.25
+    assert down["bits_per_weight"] == 4.25 + 64 / (
+        128 * 256
+    )  # its shape is stored, too
 
 
 def test_float_formats(tmp_path: Path) -> None:
@@ -426,7 +428,45 @@ def test_a_dense_checkpoint(tmp_path: Path) -> None:
     assert "affine-tensor convert" in run(tmp_path)[1]
 
 
+def test_a_dense_checkpoint_with_a_gap(tmp_path: Path) -> None:
+    tensors = llama(lambda name, *shape: {f"{name}.weight": ("BF16", shape)})
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    write_sparse(tmp_path, LLAMA, tensors)
+    (names,) = as_object(tmp_path)["loading"]["notes"].values()
+    assert names == ["model.layers.0.mlp.up_proj.weight"]
+    assert "up_proj.weight: not in the files under the names" in run(tmp_path)[1]
+
+
 # ---- what would be refused -------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_adapter_beside_the_weights(packed: bool, tmp_path: Path) -> None:
+    dense = llama(lambda name, *shape: {f"{name}.weight": ("BF16", shape)})
+    tensors = llama(mlx_linear) if packed else dense
+    config = {**LLAMA, **({"quantization": MLX_4} if packed else {})}
+    write_sparse(tmp_path, config, tensors)
+    assert not as_object(tmp_path)["refused"]
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    refused = as_object(tmp_path, code=1)["refused"]
+    assert "has an adapter beside the weights" in refused
+
+
+def test_words_that_are_not_understood_have_no_bits_per_weight(tmp_path: Path) -> None:
+    settings = {"quant_method": "awq", "bits": 4, "group_size": 128}
+
+    def marlin(name: str, rows: int, columns: int) -> Tensors:
+        return {
+            f"{name}.qweight": ("I32", (columns // 16, 2 * rows)),
+            f"{name}.scales": ("F16", (columns // 128, rows)),
+        }
+
+    config = {**LLAMA, "quantization_config": {**settings, "version": "marlin"}}
+    write_sparse(tmp_path, config, llama(marlin))
+    value = as_object(tmp_path, code=1)
+    assert "the layout of a CUDA kernel" in value["refused"]
+    assert value["bits_per_weight"] is None
+    assert "bits/weight   unknown" in run(tmp_path)[1]
 
 
 def test_settings_that_contradict_the_shapes(small: Path) -> None:

@@ -556,6 +556,7 @@ def test_neither_a_folder_nor_a_repository(
         "huggingface_hub.snapshot_download",
         lambda *args, **kwargs: pytest.fail(f"asked the Hub for {args}"),
     )
-    with pytest.raises(FileNotFoundError, match="neither a folder nor the name") as got:
+    why = "neither a folder nor the name|is a file. Name the folder that holds it"
+    with pytest.raises(FileNotFoundError, match=why) as got:
         fetch(name)
     assert repr(name) in str(got.value)

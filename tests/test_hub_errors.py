@@ -134,7 +134,8 @@ def test_a_hub_that_fails(status: int, server: HubServer, answer: Any) -> None:
     answer(status)
     text = said(OSError, lambda: fetch("org/model"))
     assert text.startswith(STATUSES[status])
-    assert text.endswith(f"The cache {constants.HF_HUB_CACHE} has nothing of org/model")
+    cached = f"The cache {constants.HF_HUB_CACHE} has nothing of org/model"
+    assert text.endswith(f"{cached}, and there is no folder of that name here")
 
 
 def test_a_hub_that_fails_leaves_the_cache(server: HubServer, answer: Any) -> None:
@@ -166,7 +167,8 @@ def test_without_the_hub(
             "asked": "Leave local_files_only out to download. ",
             "down": f"look at the network, its proxy and HF_ENDPOINT ({server.endpoint})",
         }[how] in text
-        assert text.endswith("has nothing of org/other")
+        nothing = "has nothing of org/other, and there is no folder of that name here"
+        assert text.endswith(nothing)
 
 
 # ---- downloads that break off ----------------------------------------------------

@@ -120,7 +120,10 @@ def _cached(repo: str, cache_dir: str | Path | None) -> str:
     ]
     commits = [path.name for path in sorted((folder / "snapshots").glob("*"))]
     if not commits:
-        return f"The cache {cache} has nothing of {repo}"
+        return (
+            f"The cache {cache} has nothing of {repo}, and there is no folder of that "
+            "name here"
+        )
     return f"The cache {cache} has of {repo}: {', '.join([*names, *commits])}"
 
 

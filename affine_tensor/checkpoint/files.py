@@ -238,7 +238,12 @@ def _own_folder(source: str | Path) -> Path | None:
         _settle(folder)
     if source != "" and folder.is_dir():  # Path("") is the working directory
         return folder
-    if not is_repository(str(source)) or folder.is_file():
+    if folder.is_file():
+        raise FileNotFoundError(
+            f"{str(source)!r} is a file. Name the folder that holds it: "
+            f"{str(folder.parent)!r}"
+        )
+    if not is_repository(str(source)):
         raise FileNotFoundError(
             f"{str(source)!r} is neither a folder nor the name of a Hub repository "
             "(organization/name)"

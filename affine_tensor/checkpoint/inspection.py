@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ..tensor import AffineQuantizedTensor
 from . import awq_settings, compressed_config, formats, gptq_settings, mlx
 from .files import Checkpoint, CheckpointError, StoredTensor
 from .forms import Stored
-from .load import Plan, Planned, make_plan, why_not_mlx
+from .load import Plan, Planned, _find, _hub_names, _targets, make_plan, why_not_mlx
 from .remote import RemoteTensor
 
 
@@ -115,12 +115,17 @@ def take_stock(checkpoint: Checkpoint, plan: Plan | None) -> Stock:
         packed, broken, _ = mlx.packed_weights(checkpoint, columns)
     owner = {part.name: name for name, v in packed.items() for part in v.parts}
     rows: dict[str, FootprintRow] = {}
+    shapes: list[tuple[str, StoredTensor]] = []
     for tensor in checkpoint.tensors.values():
         name = owner.get(tensor.name, "")
-        if not name:
+        if not name and tensor.name.removesuffix("_shape") in packed:
+            shapes.append((tensor.name.removesuffix("_shape"), tensor))
+        elif not name:
             rows[tensor.name] = _dense_row(tensor)
         elif name not in rows:
             rows[name] = _packed_row(packed[name])
+    for name, tensor in shapes:  # as numbers, which compressed-tensors stores
+        rows[name] = replace(rows[name], bytes=rows[name].bytes + tensor.nbytes)
     return Stock(Footprint(tuple(rows.values())), broken, guessed)
 
 
@@ -196,7 +201,10 @@ def outlook(checkpoint: Checkpoint, model: nn.Module | None) -> Outlook:
     """
     if not formats.recognizes(checkpoint):
         said = any(s.get("quant_method") for s in mlx.settings(checkpoint.config))
-        return Outlook(refused=why_not_mlx(checkpoint) if said else "")
+        if said:
+            return Outlook(refused=why_not_mlx(checkpoint))
+        absent = [] if model is None else _not_stored(checkpoint, model)
+        return Outlook(notes={_NOT_STORED: absent} if absent else {})
     try:
         if model is None:
             return _by_names(checkpoint)
@@ -219,6 +227,21 @@ def outlook(checkpoint: Checkpoint, model: nn.Module | None) -> Outlook:
     if zeros:
         notes["the model has no such bias; a load checks that it is zero"] = zeros
     return Outlook(plan, packed, len(plan.items) - packed, notes)
+
+
+_NOT_STORED = (
+    "not in the files under the names that transformers has for them; a load refuses "
+    "what is not there"
+)
+
+
+def _not_stored(checkpoint: Checkpoint, model: nn.Module) -> list[str]:
+    """What a model has and a dense checkpoint does not, by the names on the Hub."""
+    names = _hub_names(model, checkpoint.tensors)
+    targets, _ = _targets(model)
+    found, missing = _find(names, targets, checkpoint)
+    there = {id(target) for target, *_ in found.values()}
+    return [name for name in missing if id(targets[name]) not in there]
 
 
 def _is_taken_for_zeros(checkpoint: Checkpoint, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -77,11 +78,13 @@ class Found:
         stock: Stock,
         model: Any,
         unknown: str,
+        understood: bool,
     ) -> None:
         self.source, self.checkpoint, self.format = source, checkpoint, format
         self.outlook, self.stock = outlook, stock
         self.model_class = None if model is None else type(model).__name__
         self.unknown = unknown  # why there is no model
+        self.understood = understood  # the sizes are those of weights, not of words
 
 
 def look_at(source: str, revision: str | None = None) -> Found:
@@ -89,22 +92,40 @@ def look_at(source: str, revision: str | None = None) -> Found:
 
     Raises CheckpointError for a checkpoint that is broken, and what `fetch` raises.
     """
-    from ..checkpoint import formats, inspection
+    from ..checkpoint import inspection
     from ..checkpoint.files import CheckpointError
     from ..checkpoint.remote import open_headers
 
     no_bars()  # of a few small files
     checkpoint = open_headers(source, revision=revision)
+    form = inspection.format_of(checkpoint)
     model, unknown = None, ""
-    if formats.recognizes(checkpoint):
+    if form.readable:
         model, unknown = _model_of(checkpoint)
     outlook = inspection.outlook(checkpoint, model)
+    understood = form.readable
     try:
         stock = inspection.take_stock(checkpoint, outlook.plan)
     except CheckpointError:  # which the outlook has told
-        stock = inspection.unread(checkpoint)
-    form = inspection.format_of(checkpoint)
-    return Found(source, checkpoint, form, outlook, stock, model, unknown)
+        stock, understood = inspection.unread(checkpoint), False
+    if stock.broken and outlook.plan is None:
+        understood = False
+    if adapter := _adapter_beside(checkpoint):
+        outlook = replace(outlook, refused=adapter)
+    return Found(source, checkpoint, form, outlook, stock, model, unknown, understood)
+
+
+def _adapter_beside(checkpoint: Checkpoint) -> str:
+    """Why an adapter of PEFT keeps the weights from being loaded; "" if there is none."""
+    if not (checkpoint.folder / "adapter_config.json").exists():
+        return ""
+    from ..hf.pretrained import refuse_adapter
+
+    try:
+        refuse_adapter(checkpoint.folder)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _model_of(checkpoint: Checkpoint) -> tuple[Any, str]:
@@ -116,7 +137,7 @@ def _model_of(checkpoint: Checkpoint) -> tuple[Any, str]:
 
         return skeleton(checkpoint), ""
     except Exception as error:  # of all kinds: configurations are anybody's
-        text = str(error).strip().split("\n")[0]
+        text = " ".join(str(error).split())
         known = checkpoint.config["model_type"]
         return None, f"transformers makes no model of model_type {known!r} ({text})"
 
@@ -207,7 +228,7 @@ def _files(checkpoint: Checkpoint) -> list[dict[str, Any]]:
 
 def _bits_per_weight(found: Found) -> float | None:
     weights = found.stock.sizes.parameters
-    if not found.format.readable or not weights:
+    if not found.understood or not weights:
         return None
     return 8 * found.checkpoint.nbytes / weights
 
@@ -273,7 +294,8 @@ def _loading(found: Found) -> list[tuple[str, str]]:
         return [(f"Loading would be refused: {outlook.refused}", "red")]
     if found.format.name == "dense":
         text = "Dense: nothing is packed. affine-tensor convert quantizes it."
-        return [(text, "yellow")]
+        notes = [(f"{_named(n)}: {why}", "red") for why, n in outlook.notes.items()]
+        return [(text, "yellow"), *notes]
     into = f"into {found.model_class}" if found.model_class else "by names alone"
     lines = [
         (

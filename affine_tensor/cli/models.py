@@ -192,13 +192,28 @@ def _load_packed(checkpoint: Checkpoint, dense: bool, options: dict[str, Any]) -
 
 
 def _load_dense(checkpoint: Checkpoint, options: dict[str, Any]) -> Any:
+    """By transformers itself, which would make up what is not there, and say so."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from ..hf.pretrained import _class_of
+    from ..checkpoint.files import CheckpointError
+    from ..checkpoint.inspection import format_of
+    from ..hf.loading import _check_loaded
+    from ..hf.pretrained import _class_of, refuse_adapter
 
+    form = format_of(checkpoint)
+    if not form.readable:
+        raise CheckpointError(
+            f"{checkpoint.folder}: its config.json says quant_method {form.name!r}; MLX, "
+            "GPTQ, AWQ, compressed-tensors and dense weights are read. Load it with "
+            "transformers, or take the model in one of these formats"
+        )
+    refuse_adapter(checkpoint.folder)
     config = AutoConfig.from_pretrained(checkpoint.folder)
     own_class, config = _class_of(AutoModelForCausalLM, config)
-    model = own_class.from_pretrained(checkpoint.folder, config=config, **options)
+    model, info = own_class.from_pretrained(
+        checkpoint.folder, config=config, output_loading_info=True, **options
+    )
+    _check_loaded(checkpoint.folder, info)
     return model.eval()
 
 

@@ -116,7 +116,8 @@ def _check_loaded(folder: Path, info: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{folder} does not fill the model:\n"
             + "\n".join(lines)
-            + "\nPass the class of models that the checkpoint is of (model_class)"
+            + "\nFetch the files again if some are not there; in Python, pass the class of "
+            "models that the checkpoint is of (model_class)"
         )
 
 

@@ -87,12 +87,7 @@ def from_pretrained(
             f"{', '.join(unknown)}: neither an argument of from_pretrained nor a setting "
             f"of {type(config).__name__}"
         )
-    if has_adapter(folder):
-        raise ValueError(
-            f"{folder} has an adapter beside the weights (adapter_config.json). Call "
-            "affine_tensor.register() and transformers' from_pretrained, which loads both, "
-            "or remove that file"
-        )
+    refuse_adapter(folder)
     own_class, config = _class_of(model_class, config)
     return loading.load(
         own_class,
@@ -122,6 +117,16 @@ _PASSED = (
     "trust_remote_code",
     "use_kernels",
 )
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise CheckpointError if there is an adapter beside the weights."""
+    if has_adapter(folder):
+        raise CheckpointError(
+            f"{folder} has an adapter beside the weights (adapter_config.json). Call "
+            "affine_tensor.register() and transformers' from_pretrained, which loads both, "
+            "or remove that file"
+        )
 
 
 def _read_config(checkpoint: Checkpoint, options: dict[str, Any]) -> tuple[Any, Any]:

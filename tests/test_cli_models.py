@@ -1,0 +1,64 @@
+"""The models of commands: what transformers would make up is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from affine_tensor import CheckpointError
+from affine_tensor.cli import models
+
+DENSE = Path(__file__).resolve().parent.parent / "examples" / "stdlib-6m"
+GATE = "model.layers.3.mlp.gate_proj.weight"
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    """A dense checkpoint that a test may change."""
+    return Path(shutil.copytree(DENSE, tmp_path / "dense"))
+
+
+def load(folder: Path) -> models.Loaded:
+    return models.load(str(folder), device="cpu")
+
+
+def test_a_dense_model(dense: Path) -> None:
+    assert not load(dense).packed
+
+
+def test_a_tensor_that_is_not_there(dense: Path) -> None:
+    (file,) = dense.glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors[GATE]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="does not fill the model") as caught:
+        load(dense)
+    assert GATE in str(caught.value)
+    assert "Fetch the files again" in str(caught.value)
+
+
+def test_a_tensor_of_another_shape(dense: Path) -> None:
+    (file,) = dense.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors[GATE] = tensors[GATE][1:].clone()
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises((CheckpointError, RuntimeError), match=r"gate_proj|mismatch"):
+        load(dense)
+
+
+def test_a_format_that_is_not_read(dense: Path) -> None:
+    config = json.loads((dense / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "martian"}
+    (dense / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="quant_method 'martian'"):
+        load(dense)
+
+
+def test_an_adapter_beside_the_weights(dense: Path) -> None:
+    (dense / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(CheckpointError, match="has an adapter beside the weights"):
+        load(dense)
