@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,12 @@ import pytest
 from big_checkpoint import write_sparse
 from conftest import wrapped
 from expecttest import assert_expected_inline
+from rich.console import Console
 from typer.testing import CliRunner
 
 import affine_tensor
 from affine_tensor import cli
-from affine_tensor.cli import inspect
+from affine_tensor.cli import inspect, output
 
 MODULE = [sys.executable, "-m", "affine_tensor"]
 
@@ -91,8 +93,61 @@ def test_a_wrong_command_line_is_2(
 ) -> None:
     assert run_main(monkeypatch, "inspect", "--no-such") == 2
     assert run_main(monkeypatch, "inspect") == 2
-    assert run_main(monkeypatch, "doctor", "--tune", "--json") == 2
+    assert run_main(monkeypatch, "nope") == 2
     assert run_main(monkeypatch, "doctor", "--device", "tpu") == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert_expected_inline(
+        wrapped(err),
+        """\
+affine-tensor: No such option: --no-such (affine-tensor inspect --help)
+affine-tensor: Missing argument 'PATH|ID' (affine-tensor inspect --help)
+affine-tensor: No such command 'nope' (affine-tensor --help)
+affine-tensor: Invalid value for '--device': 'tpu' is not one of 'cpu',
+  'cuda', 'mps' (affine-tensor doctor --help)""",
+    )
+
+
+def test_a_value_that_is_refused_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert run_main(monkeypatch, "generate", "x", "y", "-n", "-7") == 2
+    assert run_main(monkeypatch, "generate", "x", "y", "-n", "many") == 2
+    assert run_main(monkeypatch, "bench", "x", "--prompt-tokens", "3", "0") == 2
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert "--max-tokens" in first
+    assert "-7" in first
+    assert "'many'" in second
+    assert "'--prompt-tokens'" in third
+    assert "'0'" in third
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "inspect --json",
+        "inspect --no-such --json x",
+        "doctor --tune --json",
+        "no --json",
+    ],
+)
+def test_a_wrong_command_line_for_programs(
+    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert run_main(monkeypatch, *words.split()) == 2
+    out, err = capsys.readouterr()
+    value = json.loads(out)
+    assert value.keys() == {"error", "kind"}
+    assert err == f"affine-tensor: {value['error']}\n"
+
+
+def test_what_only_looks_like_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert run_main(monkeypatch, "generate", "no-such-folder", "--", "--json") == 1
+    given = ("generate", "no-such-folder", "x", "--system", "--json")
+    assert run_main(monkeypatch, *given) == 1
+    assert run_main(monkeypatch, "inspect", "--no-such", "--", "--json") == 2
     assert capsys.readouterr().out == ""
 
 
@@ -135,6 +190,21 @@ def test_a_long_list_is_cut(
     ]
 
 
+def test_errors_of_others_are_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    raising(monkeypatch, ValueError("first\n\n  second"))
+    assert run_main(monkeypatch, "inspect", "x") == 1
+    raising(monkeypatch, KeyError("first\nsecond"))
+    assert run_main(monkeypatch, "inspect", "x") == 1
+    raising(monkeypatch, FileNotFoundError(2, "No such file or directory", "a.txt"))
+    assert run_main(monkeypatch, "inspect", "x") == 1
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert first == "affine-tensor: first second"
+    assert second.startswith("affine-tensor: unexpected KeyError: 'first")
+    assert third == "affine-tensor: a.txt: No such file or directory"
+
+
 def test_a_mistake_of_the_program_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -163,7 +233,55 @@ def test_interrupted_is_130(
 ) -> None:
     raising(monkeypatch, KeyboardInterrupt())
     assert run_main(monkeypatch, "inspect", "x") == 130
-    assert "Traceback" not in capsys.readouterr().err
+    assert capsys.readouterr() == ("", "interrupted\n")
+
+
+def shell(line: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """What bash does with a line, in which $AT is the script."""
+    given = {"AT": " ".join(MODULE), "PYTHONUNBUFFERED": ""}
+    return subprocess.run(
+        ["bash", "-c", line],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **given, **env},
+    )
+
+
+posix = pytest.mark.skipif(os.name != "posix", reason="there is no such shell")
+
+
+@posix
+def test_closed_streams(dense: Path) -> None:
+    done = shell("$AT --version >&-; echo $?")
+    assert (done.stdout, done.stderr) == ("0\n", "")
+    done = shell(f"$AT inspect {dense} 2>&-")
+    assert done.returncode == 0
+    assert done.stdout.startswith("checkpoint")
+    done = shell("$AT inspect no-such-folder 2>&-")
+    assert (done.returncode, done.stdout) == (1, "")
+
+
+@posix
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_is_a_line(dense: Path, unbuffered: str) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    line = f"$AT inspect {dense} --modules --json >/dev/full"
+    done = shell(line, PYTHONUNBUFFERED=unbuffered)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "No space left on device" in done.stderr
+    done = shell("$AT inspect no-such-folder 2>/dev/full")
+    assert (done.returncode, done.stdout) == (1, "")
+
+
+@posix
+def test_an_encoding_that_lacks_characters(tmp_path: Path) -> None:
+    folder = tmp_path / "modèle"
+    write_sparse(folder, {"model_type": "llama"}, {"a.weight": ("BF16", (64, 64))})
+    done = shell(f"$AT inspect {folder}", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[0].endswith("mod\\xe8le")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="there are no pipes of this kind")
@@ -181,6 +299,30 @@ def test_a_reader_that_leaves_is_no_error(dense: Path) -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
         assert process.wait() == 1
+
+
+# ---- terminals -------------------------------------------------------------------
+
+
+def test_a_table_on_a_narrow_terminal_is_whole(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    name = "model.layers.*.mlp.up_proj.weight"
+    rows = [("module", "count", "bytes"), (name, "7", "774,144"), ("norm", "1", "512")]
+    forms = set()
+    for width in range(15, 60):
+        console = Console(width=width, file=sys.stdout, force_terminal=True)
+        monkeypatch.setattr(output, "_console", lambda own=console: own)
+        output.print_table(rows)
+        out = capsys.readouterr().out
+        cells = [
+            re.sub(r"\x1b\[[\d;]*m", "", line).split() for line in out.splitlines()
+        ]
+        assert any(row[-2:] == ["7", "774,144"] for row in cells)
+        assert any(row == ["norm", "1", "512"] for row in cells)
+        assert "─" in out or name in out  # folded, or as it is
+        forms.add("─" in out)
+    assert forms == {True, False}
 
 
 # ---- the shell -------------------------------------------------------------------

@@ -8,16 +8,33 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Annotated, Any
+from contextlib import contextmanager, suppress
+from typing import Annotated, Any, TextIO
 
 import typer
 
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object, for programs.")
-]
-
 DEBUG = "AFFINE_TENSOR_DEBUG"
+
+# Whether --json was given, once the command line has been read that far.
+_programs: bool | None = None
+
+
+def _note_json(asked: bool | None) -> bool | None:
+    global _programs
+    _programs = asked
+    return asked
+
+
+# Eager, so that what is wrong with other options is told as asked, too.
+AsJson = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print one JSON object, for programs.",
+        is_eager=True,
+        callback=_note_json,
+    ),
+]
 
 # Lines of an error that lists many tensors.
 _LINES = 12
@@ -28,34 +45,121 @@ def emit(value: dict[str, Any]) -> None:
     print(json.dumps(value, indent=2, default=str))
 
 
+def ready_streams() -> None:
+    """What is printed to a closed stdout or stderr is lost, and is no error.
+
+    A character that the encoding of a stream lacks is printed as its number.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif getattr(stream, "errors", None) == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def say(text: str) -> None:
+    """Print a line on stderr; where that is full, there is nobody to tell."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        _drop(sys.stderr)
+
+
+def read_stdin() -> Any:
+    """stdin, a stream of text. Raises ValueError where it is closed."""
+    if sys.stdin is None:
+        raise ValueError("stdin is closed, and - reads it. Send it a text, or name one")
+    return sys.stdin
+
+
 @contextmanager
 def failing() -> Iterator[None]:
-    """Errors that tell what is wrong end in a line on stderr and exit code 1.
+    """Errors that tell what is wrong end in a line on stderr and exit code 1, or 2.
 
     Only the lists of a `CheckpointError` take more lines. With `AFFINE_TENSOR_DEBUG=1`
     errors come with their traceback. Programs that asked for `--json` get
     `{"error": ..., "kind": ...}` on stdout as well.
     """
+    _note_json(None)
     try:
         try:
             yield
         finally:
-            sys.stdout.flush()  # here, where a closed pipe is still heard of
-    except (KeyboardInterrupt, EOFError):
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+            _flush()  # here, where a closed pipe is still heard of
+    except (KeyboardInterrupt, EOFError, typer.Abort):
+        interrupted()
     except BrokenPipeError:
-        # The reader has seen enough, as `head` does; nothing is left to flush.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop(sys.stdout)  # the reader has seen enough, as `head` does
         sys.exit(1)
     except Exception as error:
-        if os.environ.get(DEBUG):
+        usage = isinstance(error, _UsageError)
+        if os.environ.get(DEBUG) and not usage:
             raise
-        if "--json" in sys.argv[1:]:
-            emit({"error": str(error), "kind": type(error).__name__})
-            sys.stdout.flush()
-        print(f"affine-tensor: {_told(error)}", file=sys.stderr)
-        sys.exit(1)
+        if type(error).__name__ == "NoArgsIsHelpError":  # whose text is the help
+            error.show()  # type: ignore[attr-defined]
+        else:
+            _tell(error)
+        sys.exit(2 if usage else 1)
+
+
+def interrupted() -> None:
+    """How a command ends that was interrupted."""
+    say("interrupted")
+    sys.exit(130)
+
+
+# typer has no name of its own for it.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a full disk
+        _drop(sys.stdout)
+        raise OSError(error.errno, error.strerror, "stdout") from error
+
+
+def _drop(stream: TextIO) -> None:
+    """Have nothing left to flush at the end, which would fail once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _tell(error: Exception) -> None:
+    """Print an error, for programs too where they asked for it."""
+    usage = isinstance(error, _UsageError)
+    text = _usage(error) if usage else _told(error)
+    with suppress(OSError):  # of a reader that left
+        if _for_programs():
+            whole = text if usage else str(error)
+            emit({"error": whole, "kind": type(error).__name__})
+        _flush()
+    say(f"affine-tensor: {text}")
+
+
+def _for_programs() -> bool:
+    if _programs is not None:
+        return _programs
+    words = sys.argv[1:]  # what could not be read
+    return "--json" in (words[: words.index("--")] if "--" in words else words)
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with the command line, in a line, with the value that was seen."""
+    message = error.message.removeprefix("Value error, ")
+    cause = error.__cause__
+    if hasattr(cause, "errors"):  # pydantic's, whose messages leave it out
+        seen = repr(cause.errors()[0]["input"])
+        if seen not in message:
+            message = f"{seen}: {message[:1].lower()}{message[1:]}"
+    text = error.format_message().removeprefix("Invalid value: ")
+    text = text.replace(error.message, message) if error.message else text
+    context = getattr(error, "ctx", None)
+    path = "affine-tensor" if context is None else context.command_path
+    return f"{' '.join(text.split()).removesuffix('.')} ({path} --help)"
 
 
 # Whose texts say what to do. Any other error is a mistake of this program.
@@ -63,19 +167,29 @@ _TELLING = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 
 
 def _told(error: Exception) -> str:
-    """The text of an error, of which a long list is cut."""
-    if not isinstance(error, _TELLING):
-        return (
-            f"unexpected {type(error).__name__}: {error}. Please report it, with what "
-            f"{DEBUG}=1 prints"
-        )
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    if not isinstance(error, ValueError):  # of others, which have no lists
-        return " ".join(filter(None, map(str.strip, lines)))
+    """The text of an error in a line; of a checkpoint's with its list, which is cut."""
+    text = str(error).strip()
+    if isinstance(error, OSError) and error.strerror:  # without the number of it
+        where = f"{error.filename}: " if error.filename else ""
+        text = f"{where}{error.strerror}"
+    lines = text.splitlines() or [type(error).__name__]
     if len(lines) > _LINES:
         more = len(lines) - _LINES
         lines = [*lines[:_LINES], f"… and {more} more lines ({DEBUG}=1 prints all)"]
+    if not (len(lines) > 1 and _of_checkpoint(error)):
+        lines = [" ".join(filter(None, map(str.strip, lines)))]
+    if not isinstance(error, _TELLING):
+        return (
+            f"unexpected {type(error).__name__}: {lines[0]}. Please report it, with what "
+            f"{DEBUG}=1 prints"
+        )
     return "\n".join(lines)
+
+
+def _of_checkpoint(error: Exception) -> bool:
+    from ..checkpoint.files import CheckpointError
+
+    return isinstance(error, CheckpointError)
 
 
 def calm() -> None:
@@ -96,7 +210,7 @@ def calm() -> None:
 
 
 def no_bars() -> None:
-    """Have huggingface_hub show no bars, unless HF_HUB_DISABLE_PROGRESS_BARS is 0."""
+    """Have no bars of others shown, unless HF_HUB_DISABLE_PROGRESS_BARS is 0."""
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
         are_progress_bars_disabled,
         disable_progress_bars,
@@ -104,7 +218,11 @@ def no_bars() -> None:
 
     asked = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if asked != "0" and not are_progress_bars_disabled():
-        disable_progress_bars()
+        disable_progress_bars()  # transformers asks for it when it is imported
+        if "transformers" in sys.modules:
+            from transformers.utils import logging as of_transformers
+
+            of_transformers.disable_progress_bar()
 
 
 def print_facts(rows: Sequence[tuple[str, str]]) -> None:
@@ -123,10 +241,11 @@ def print_facts(rows: Sequence[tuple[str, str]]) -> None:
 def print_table(rows: Sequence[tuple[str, ...]], *, total: bool = False) -> None:
     """Print rows below their header, which is the first; `total`: the last is a sum.
 
-    On a terminal as a table of rich's, which folds long names; else as aligned text.
+    On a terminal as a table of rich's, which folds long names; else, and on one that is
+    too narrow for the numbers, as aligned text.
     """
     console = _console()
-    if console is None:
+    if console is None or console.width < _least_width(rows):
         from ..quantize import format_table
 
         print(format_table(rows))
@@ -146,6 +265,15 @@ def print_table(rows: Sequence[tuple[str, ...]], *, total: bool = False) -> None
         last = total and index == len(rest) - 1
         table.add_row(*map(Text, row), style="bold" if last else None)
     console.print(table)
+
+
+_FOLDED = 12  # columns that names have at least, where they are folded
+
+
+def _least_width(rows: Sequence[tuple[str, ...]]) -> int:
+    """Columns that the table of rich's takes, with names as narrow as they may be."""
+    first, *rest = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return min(first, _FOLDED) + sum(rest) + 2 * len(rest) + 2
 
 
 def print_text(text: str, style: str = "") -> None:
