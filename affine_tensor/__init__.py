@@ -1,26 +1,42 @@
 """MLX-format quantized weights as tensors of PyTorch, in unmodified models."""
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
-from . import dispatch as _dispatch  # noqa: F401  (fills the table of operators)
-from . import distributed as _distributed  # noqa: F401  (adds the collectives)
-from . import low_rank as _low_rank  # noqa: F401  (adds PEFT's sums)
-from .calibrate import CalibrationReport, calibrate_, choose_bits
-from .checkpoint.files import CheckpointError
-from .checkpoint.load import LoadReport, load_checkpoint_
-from .checkpoint.save import SaveReport, save_checkpoint
-from .fold import fold_permutations_
-from .fuse import fuse_projections, split_projections
-from .kernels import cpu as _cpu  # noqa: F401  (registers its kernels)
-from .kernels import cuda as _cuda  # noqa: F401
-from .kernels import metal as _metal  # noqa: F401
-from .kernels.warmup import warmup
-from .lora import MergeReport, merge_to_dense, prepare_for_lora
-from .quantize import ON_PACKED as _ON_PACKED
-from .quantize import AffineConfig, dequantize_, footprint, quantize_
-from .tensor import AffineQuantizedTensor
-from .tensor import _rebuild as _rebuild  # by this name pickles find it
+# The script `affine-tensor` answers `--help` and a shell's completion in a moment: there
+# what imports torch waits for a command. Everybody else gets operators, and all that is
+# registered with torch, by the import alone.
+_IS_SCRIPT = os.path.basename((getattr(sys, "argv", None) or [""])[0]) in (
+    "affine-tensor",
+    "affine-tensor.exe",
+)
+
+if TYPE_CHECKING or not _IS_SCRIPT:
+    from ._public import (
+        AffineConfig,
+        AffineQuantizedTensor,
+        CalibrationReport,
+        CheckpointError,
+        LoadReport,
+        MergeReport,
+        SaveReport,
+        calibrate_,
+        choose_bits,
+        dequantize_,
+        fold_permutations_,
+        footprint,
+        fuse_projections,
+        load_checkpoint_,
+        merge_to_dense,
+        prepare_for_lora,
+        quantize_,
+        save_checkpoint,
+        split_projections,
+        warmup,
+    )
+    from ._public import _rebuild as _rebuild  # by this name pickles find it
 
 if TYPE_CHECKING:
     from .hf.config import AffineQuantizationConfig
@@ -71,17 +87,10 @@ def __getattr__(name: str) -> Any:
     # takes seconds and prints.
     if name in _OF_TRANSFORMERS:
         return getattr(importlib.import_module(".hf", __name__), name)
+    if name in __all__ or name == "_rebuild":  # in the script
+        return getattr(importlib.import_module("._public", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _let_transformers_save(model: Any) -> None:
-    """Have `save_pretrained` of a transformers model know packed weights."""
-    if hasattr(model, "save_pretrained"):
-        importlib.import_module(".hf.saving", __name__).install()
-
-
-_ON_PACKED.append(_let_transformers_save)
-
-
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_OF_TRANSFORMERS})
+    return sorted({*globals(), *__all__})

@@ -99,3 +99,41 @@ def test_what_the_package_imports_is_declared() -> None:
         roots = {name.split(".")[0] for name in imported}
         allowed = always | extras if file.parent.name == "cli" else always
         assert roots - sys.stdlib_module_names <= allowed, file
+
+
+SCRIPT = Path(sys.executable).with_name("affine-tensor")
+
+
+@pytest.mark.skipif(not SCRIPT.exists(), reason=f"{SCRIPT} is not installed")
+@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"]], ids=str)
+def test_the_script_helps_without_torch(arguments: list[str]) -> None:
+    done = subprocess.run(
+        [str(SCRIPT), *arguments],
+        env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "affine_tensor.cli.convert" in imported
+    assert not imported & {"torch", "transformers", "numpy"}
+    assert "Usage: affine-tensor" in done.stdout
+
+
+def test_the_script_has_all_that_the_package_has(tmp_path: Path) -> None:
+    program = """
+import sys, affine_tensor
+assert "torch" not in sys.modules
+assert callable(affine_tensor._rebuild)
+assert "torch" in sys.modules
+for name in affine_tensor.__all__:
+    assert getattr(affine_tensor, name) is not None
+assert set(affine_tensor.__all__) <= set(dir(affine_tensor))
+"""
+    (tmp_path / "affine-tensor").write_text(program)
+    subprocess.run([sys.executable, str(tmp_path / "affine-tensor")], check=True)
+
+
+def test_an_import_brings_the_operators() -> None:
+    program = "import torch, affine_tensor; torch.ops.affine_tensor.linear"
+    subprocess.run([sys.executable, "-c", program], check=True)
