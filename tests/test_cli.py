@@ -404,6 +404,20 @@ def test_doctor_for_programs(
     assert all(row["cases"] > 0 and not row["failures"] for row in value["rows"])
 
 
+def test_doctor_says_on_stderr_what_it_cannot(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert run_main(monkeypatch, *["doctor", "--device", "cpu", "--tune"]) == 1
+    for options in ("--store", "--sizes small", "--sizes model --json"):
+        assert run_main(monkeypatch, "doctor", "--device", "cpu", *options.split()) == 2
+    out, err = capsys.readouterr()
+    tuned, *lines = err.splitlines()
+    assert tuned.startswith("affine-tensor: there is nothing to tune on cpu")
+    assert json.loads(out)["kind"] == "BadParameter"
+    for line in lines:
+        assert line.startswith("affine-tensor: --sizes and --store go with --tune")
+
+
 def test_doctor_for_programs_says_what_is_wrong(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -17,6 +17,7 @@ from expecttest import assert_expected_inline
 from affine_tensor import doctor, ops
 from affine_tensor.doctor import cases, operators
 from affine_tensor.kernels import KernelError, machine, settings
+from affine_tensor.kernels.cpu import compiler as cpu_compiler
 from affine_tensor.kernels.cuda import compiler
 from affine_tensor.kernels.cuda import library as cuda_library
 from affine_tensor.kernels.metal import library as metal_library
@@ -131,15 +132,51 @@ def test_kernels_of_the_cpu_are_checked(capsys: pytest.CaptureFixture[str]) -> N
     assert "reference" not in text.split("operator", 1)[1]
 
 
+def test_without_a_compiler_the_reference_is_checked_and_well(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AFFINE_TENSOR_CXX", "/no-such-compiler")
+    cpu_compiler._first.cache_clear()
+    try:
+        assert doctor.main(["--quick", "--device", "cpu", "--only", "linear"]) == 0
+        assert settings.cpu_backend == "own"  # as before
+    finally:
+        monkeypatch.undo()
+        cpu_compiler._first.cache_clear()
+    text = capsys.readouterr().out
+    none = "none of our own for cpu: what is checked is the reference (there is no C++"
+    assert f"kernels   {none}" in text
+    assert "or name it in AFFINE_TENSOR_CXX)" in text
+    rows = re.findall(r"^(?:grouped_)?linear,.*", text, re.MULTILINE)
+    assert len(rows) == 8
+    for row in rows:
+        assert re.search(r" reference +2 +0\.\d\d  ok$", row)
+
+
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is an MPS device")
 def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(["--device", "mps"]) == 1
-    assert "there is no mps device here" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("affine-tensor: there is no mps device here; torch has ")
 
 
 def test_no_such_check(metal: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(["--quick", "--only", "nonsense"]) == 1
-    assert "No check has 'nonsense' in its name." in capsys.readouterr().out
+    err = capsys.readouterr().err
+    assert err == (
+        "affine-tensor: no check has 'nonsense' in its name. Leave out --only\n"
+    )
+
+
+@pytest.mark.parametrize("options", [["--store"], ["--sizes", "small"]])
+def test_options_of_tuning_alone(
+    options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        doctor.main(options)
+    assert caught.value.code == 2
+    assert "--sizes and --store go with --tune" in capsys.readouterr().err
 
 
 # ---- what it finds --------------------------------------------------------------
@@ -298,7 +335,9 @@ def test_there_is_nothing_to_tune_without_metal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert doctor.main(["--tune", "--device", "cpu"]) == 1
-    assert "nothing to tune on cpu" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "nothing to tune on cpu" in err
 
 
 def test_a_limit_lies_where_times_cross() -> None:

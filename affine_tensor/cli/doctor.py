@@ -36,9 +36,13 @@ def command(
         ),
     ] = False,
     sizes: Annotated[
-        Literal["model", "small"],
-        typer.Option(help="Of weights for --tune; small ones only show that it works."),
-    ] = "model",
+        Literal["model", "small"] | None,
+        typer.Option(
+            help="Of weights for --tune (default: model); small ones only show that it "
+            "works.",
+            show_default=False,
+        ),
+    ] = None,
     store: Annotated[
         bool, typer.Option("--store", help="Keep limits found on the emulator, too.")
     ] = False,
@@ -48,14 +52,17 @@ def command(
 
     The exit code is 1 where anything is wrong.
     """
+    if not tune and (store or sizes):
+        raise typer.BadParameter("--sizes and --store go with --tune")
+    if tune and as_json:
+        raise typer.BadParameter("--tune prints text only; leave out --json")
     from ..doctor import main
 
     if as_json:
-        if tune:
-            raise typer.BadParameter("--tune prints text only; leave out --json")
         raise typer.Exit(_as_json(device, quick, only))
     arguments = [*(["--quick"] if quick else []), *(["--tune"] if tune else [])]
-    arguments += [f"--only={only}", f"--sizes={sizes}"]
+    arguments += [f"--only={only}"]
+    arguments += [f"--sizes={sizes}"] if sizes else []
     arguments += [f"--device={device}"] if device else []
     arguments += ["--store"] if store else []
     raise typer.Exit(main(arguments))

@@ -8,6 +8,7 @@ python -m affine_tensor.doctor --tune     times the kernels, and keeps what is b
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -25,15 +26,31 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the tables; 1 if anything is wrong, else 0."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if not options.tune and (options.store or options.sizes):
+        parser.error("--sizes and --store go with --tune")
     kind = options.device or machine.default_kind()
     if not machine.is_available(kind):
-        print(f"there is no {kind} device here; torch has {torch.__version__}")
-        return 1
+        return _failed(
+            f"there is no {kind} device here; torch has {torch.__version__}. Name "
+            "another (--device)"
+        )
+    if options.tune and kind != "mps":
+        return _failed(
+            f"there is nothing to tune on {kind}: limits are those of Metal kernels. "
+            "Leave out --tune"
+        )
     print(machine.banner() + describe(kind))
     if options.tune:
-        return tune(kind, sizes=options.sizes, store=options.store)
+        return tune(sizes=options.sizes or "model", store=options.store)
     return check(kind, quick=options.quick, only=options.only)
+
+
+def _failed(why: str) -> int:
+    """Say what could not be done, on stderr."""
+    print(f"affine-tensor: {why}", file=sys.stderr)
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,8 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     tuning.add_argument(
         "--sizes",
         choices=("model", "small"),
-        default="model",
-        help="of the weights; small ones only show that it works",
+        help="of the weights (default: model); small ones only show that it works",
     )
     tuning.add_argument(
         "--store", action="store_true", help="keep limits found on the emulator, too"
@@ -85,10 +101,24 @@ def describe(kind: str) -> str:
         rows += _describe_cuda()
     elif not ops.has_kernels(kind):
         text = f"none of our own for {kind}: what is checked is the reference"
-        rows.append(("kernels", text))
+        rows.append(("kernels", text + _why_none(kind)))
     elif kind == "cpu":
         rows.append(("kernels", _describe_cpu()))
     return "\n".join(f"{name:<10}{text}" for name, text in rows)
+
+
+def _why_none(kind: str) -> str:
+    """What to do for kernels of the CPU, where they are wanted."""
+    from ..kernels import KernelError
+    from ..kernels.cpu import compiler
+
+    if kind != "cpu" or settings.cpu_backend != "own":
+        return ""
+    try:
+        compiler.find()
+    except KernelError as error:
+        return f" ({error})"
+    return " (this CPU has none of AVX-512, AVX2 and NEON)"
 
 
 def _describe_cpu() -> str:
@@ -160,24 +190,18 @@ def check(kind: str, *, quick: bool = False, only: str = "") -> int:
         print("\n".join(problems))
         return 1
     if not rows and not outcomes:
-        print(f"\nNo check has {only!r} in its name.")
-        return 1
+        return _failed(f"no check has {only!r} in its name. Leave out --only")
     skipped = sum(one.state == "skipped" for one in outcomes)
     print(f"\nAll is well{f', {skipped} skipped' if skipped else ''}.")
     return 0
 
 
-def tune(kind: str, *, sizes: str = "model", store: bool = False) -> int:
-    """Time the kernels, print what was found, and keep it; 1 where there are none."""
+def tune(*, sizes: str = "model", store: bool = False) -> int:
+    """Time the kernels of Metal, print what was found, and keep it."""
     from ..kernels.metal import tuning
     from ..kernels.metal.tune import PLANS
     from ..kernels.metal.tune import tune as find
 
-    if kind != "mps":
-        print(
-            f"\nThere is nothing to tune on {kind}: limits are those of Metal kernels."
-        )
-        return 1
     before = tuning.limits()
     found = find(PLANS[sizes])
     print(f"\n{format_table(found.rows())}\n")

@@ -97,11 +97,14 @@ def forget() -> None:
 
 @contextmanager
 def watched() -> Iterator[Watch]:
-    """Within, kernels are compiled anew and watched, and one that is wrong raises."""
-    watch = Watch()
+    """Within, kernels are compiled anew and watched, and one that is wrong raises.
+
+    A CPU for which nothing can be compiled has the reference, which is not wrong.
+    """
+    watch, served = Watch(), ops.has_kernels("cpu")
     compile_shader, device_of = torch.mps.compile_shader, ops.device_of
     checked, of_cpu, launch = library._checked, cpu_library.function, Launch.__call__
-    before = settings.strict, settings.metal_backend
+    before = settings.strict, settings.metal_backend, settings.cpu_backend
 
     @functools.wraps(compile_shader)
     def compile_and_watch(source: str) -> Any:
@@ -133,6 +136,8 @@ def watched() -> Iterator[Watch]:
     cpu_library.function = function
     Launch.__call__ = launch_and_note  # type: ignore[method-assign]
     settings.strict, settings.metal_backend = True, "own"
+    if not served:
+        settings.cpu_backend = "reference"
     logger = logging.getLogger("affine_tensor")
     logger.addHandler(watch)
     propagate, logger.propagate = logger.propagate, False
@@ -144,5 +149,5 @@ def watched() -> Iterator[Watch]:
         torch.mps.compile_shader, ops.device_of = compile_shader, device_of
         library._checked, cpu_library.function = checked, of_cpu
         Launch.__call__ = launch  # type: ignore[method-assign]
-        settings.strict, settings.metal_backend = before
+        settings.strict, settings.metal_backend, settings.cpu_backend = before
         forget()
