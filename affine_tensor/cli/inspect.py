@@ -27,6 +27,9 @@ def paths(incomplete: str) -> list[str]:
     import glob
     import os
 
+    shell = os.environ.get("_AFFINE_TENSOR_COMPLETE", "")
+    if shell.endswith(("bash", "zsh")):
+        return []  # they then complete files themselves, into folders and with quotes
     found = glob.glob(f"{glob.escape(os.path.expanduser(incomplete))}*")
     return sorted(f"{path}/" for path in found if os.path.isdir(path))
 
