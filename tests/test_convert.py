@@ -18,7 +18,7 @@ from architectures import (
     mlx_logits,
     write_mlx_checkpoint,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_other_formats import CONFIGS, EXPERTS, LLAMA, act_order, write
 from torch import Tensor
 
@@ -213,6 +213,39 @@ def test_of_latent_attention(tmp_path: Path) -> None:
     assert 0 < report.lost[name] < 0.01
 
 
+@pytest.mark.parametrize("model_type", ["qwen3_next", "deepseek_v3", "gpt_oss"])
+def test_what_was_made_dense_is_quantized_as_the_original(
+    model_type: str, tmp_path: Path
+) -> None:
+    """It has MLX's names, which transformers does not know, and MLX's norms."""
+    pytest.importorskip("mlx_lm", reason="mlx-lm writes the checkpoint")
+    import cases_latent
+    import cases_other
+    import cases_recurrent
+
+    cases = [*cases_other.CASES, *cases_latent.CASES, *cases_recurrent.CASES]
+    case = next(c for c in cases if c.model_type == model_type)
+    source = tmp_path / "mlx"
+    write_mlx_checkpoint(case, source)
+    affine_tensor.convert(source, tmp_path / "dense", dequantize=True)
+    affine_tensor.convert(tmp_path / "dense", tmp_path / "ours", bits=3)
+    affine_tensor.convert(source, tmp_path / "theirs", bits=3)
+    equal(tmp_path / "ours", tmp_path / "theirs")
+    with pytest.raises(ValueError, match="is dense: dequantize"):
+        affine_tensor.convert(tmp_path / "dense", tmp_path / "no", dequantize=True)
+
+
+def test_what_was_made_dense_and_has_parts_missing(tmp_path: Path) -> None:
+    write(LLAMA, tmp_path / "q", "awq")
+    affine_tensor.convert(tmp_path / "q", tmp_path / "dense", dequantize=True)
+    file = tmp_path / "dense" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    save_file(tensors, file, metadata={"format": "mlx"})
+    with pytest.raises(CheckpointError, match=r"(?s)in one step:.*model\.norm\.weight"):
+        affine_tensor.convert(tmp_path / "dense", tmp_path / "ours")
+
+
 # ---- what is refused ---------------------------------------------------------------
 
 
@@ -331,6 +364,39 @@ def test_the_name_that_a_tied_head_has_in_a_recipe(tmp_path: Path) -> None:
 
 
 TIED = Case("llama", {"tie_word_embeddings": True})
+
+
+def test_a_weight_that_is_nan(tmp_path: Path) -> None:
+    _write_dense_checkpoint(LLAMA, tmp_path / "dense")
+    file = tmp_path / "dense" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"][5, 7] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    message = r"^model\.layers\.1\.mlp\.up_proj\.weight: the weight at \[5, 7\] is NaN"
+    with pytest.raises(ValueError, match=message):
+        affine_tensor.convert(tmp_path / "dense", tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_the_original_is_not_replaced_by_what_is_made_of_it(tmp_path: Path) -> None:
+    outer = tmp_path / "outer"
+    _write_dense_checkpoint(LLAMA, outer)
+    _write_dense_checkpoint(LLAMA, outer / "within")
+    (tmp_path / "link").symlink_to(outer / "within")
+    before = {path: path.read_bytes() for path in outer.rglob("*") if path.is_file()}
+    for source, folder, message in (
+        (outer, outer, "is where it would be written to"),
+        (outer / "within", tmp_path / "link", "is where it would be written to"),
+        (tmp_path / "link", outer / "within", "is where it would be written to"),
+        (outer / "within", outer, "lies in .*outer, which would be replaced"),
+    ):
+        for overwrite in (False, True):
+            with pytest.raises(ValueError, match=message):
+                affine_tensor.convert(source, folder, overwrite=overwrite)
+    after = {path: path.read_bytes() for path in outer.rglob("*") if path.is_file()}
+    assert after == before
+    affine_tensor.convert(outer, outer / "new")
+    assert (outer / "new" / "model.safetensors").exists()
 
 
 # ---- memory -----------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -20,6 +21,12 @@ from ..tensor import AffineQuantizedTensor
 from .config import AffineQuantizationConfig
 
 _SIXTEEN = "group_size is 16, which MLX does not read; it has 32, 64 and 128"
+
+# transformers goes on after an error in one weight, and says only that there was one. In
+# a list that stands here the error is found afterwards; nothing more is quantized then.
+failures: ContextVar[list[Exception] | None] = ContextVar(
+    "affine_tensor_failures", default=None
+)
 
 
 class Choices:
@@ -77,7 +84,22 @@ class Choices:
         self, name: str, value: Tensor
     ) -> tuple[Form, dict[str, Tensor], dict[str, str]]:
         """How the parameter lies in MLX; its pieces there, quantized as MLX would have
-        them, by their names; and why matrices among them stay dense."""
+        them, by their names; and why matrices among them stay dense. Raises ValueError,
+        which names it, for NaN and infinite values."""
+        failed = failures.get()
+        if failed:
+            raise failed[0]
+        try:
+            return self._pieces(name, value)
+        except ValueError as error:
+            named = ValueError(f"{name}: {error}")
+            if failed is not None:
+                failed.append(named)
+            raise named from error
+
+    def _pieces(
+        self, name: str, value: Tensor
+    ) -> tuple[Form, dict[str, Tensor], dict[str, str]]:
         pieces: dict[str, Tensor] = {}
         reasons: dict[str, str] = {}
         form = next(self.names.forms(name, value.shape))

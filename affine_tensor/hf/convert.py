@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from .. import layout
 from ..checkpoint import formats
-from ..checkpoint.files import Checkpoint, as_dtype, fetch, open_checkpoint
+from ..checkpoint.files import (
+    Checkpoint,
+    CheckpointError,
+    as_dtype,
+    fetch,
+    open_checkpoint,
+)
 from ..checkpoint.save import (
     SaveReport,
     ShardWriter,
@@ -25,6 +33,7 @@ from ..checkpoint.save import (
 )
 from ..recipes import Recipe
 from ..tensor import AffineQuantizedTensor
+from .choices import failures
 from .config import AffineQuantizationConfig
 from .pretrained import from_pretrained
 from .register import has_adapter
@@ -92,10 +101,11 @@ def convert(
     `cache_dir`, `token`, `local_files_only`). Returns what was written.
 
     Raises FileExistsError as `save_checkpoint` does, ValueError for options that do not
-    go together and modules that are none of the model's, and what `from_pretrained`
-    raises; then `folder` is as it was.
+    go together, modules that are none of the model's, and a `folder` that is `source` or
+    around it, and what `from_pretrained` raises; then `folder` is as it was.
     """
     folder = Path(folder).expanduser()
+    check_apart(source, folder)
     check_free(folder, overwrite)
     hub = {name: options[name] for name in _HUB if name in options}
     checkpoint = open_checkpoint(fetch(source, **hub))
@@ -122,10 +132,13 @@ def convert(
     if dtype not in ("auto", "keep"):
         dtype = as_dtype(dtype, layout.WEIGHT_DTYPES, "auto")
 
+    if dense and (dequantize or dtype == "keep"):
+        given = "dequantize" if dequantize else "dtype='keep'"
+        raise ValueError(f"{source} is dense: {given} is for quantized sources")
+    # Under MLX's names, which transformers may not know.
+    in_mlx = not dense or is_dense_of_mlx(checkpoint)
+
     def from_dense(writing: Writing) -> Any:
-        if dequantize or dtype == "keep":
-            given = "dequantize" if dequantize else "dtype='keep'"
-            raise ValueError(f"{source} is dense: {given} is for quantized sources")
         return from_pretrained(
             source,
             dtype=dtype,
@@ -135,39 +148,100 @@ def convert(
             **options,
         )
 
-    def from_packed(writing: Writing) -> Any:
-        _check_packed(checkpoint, model_class, options)
-        return rewrite(
-            source,
-            checkpoint,
-            writing,
-            dtype=dtype,
-            again=config if quantizes else None,
-            dequantize=dequantize,
-            unsupported=unsupported,
-            progress=progress,
-        )
+    def from_mlx(writing: Writing) -> Any:
+        _check_options(checkpoint, model_class, options)
+        with _in_one_step(source) if dense else contextlib.nullcontext():
+            return rewrite(
+                source,
+                checkpoint,
+                writing,
+                dtype=dtype,
+                again=config if dense or quantizes else None,
+                dequantize=dequantize,
+                unsupported=unsupported,
+                progress=progress,
+            )
 
     with _bars(progress):
         return save_into(
             folder,
-            from_dense if dense else from_packed,
+            _telling(from_mlx if in_mlx else from_dense),
             max_shard_bytes=max_shard_bytes,
             overwrite=overwrite,
         )
 
 
-def _check_packed(
+def check_apart(source: str | Path, folder: Path) -> None:
+    """Raise ValueError where writing `folder` would destroy `source`."""
+    own = Path(source).expanduser()
+    if not (own.is_dir() and folder.is_dir()):
+        return
+    there, here = own.resolve(), folder.resolve()
+    if os.path.samefile(own, folder):
+        how = "is where it would be written to"
+    elif here in there.parents:
+        how = f"lies in {folder}, which would be replaced"
+    else:
+        return
+    raise ValueError(
+        f"{source} {how}: the original would be lost. Choose another folder"
+    )
+
+
+def is_dense_of_mlx(checkpoint: Checkpoint) -> bool:
+    """Whether the tensors of a dense checkpoint have MLX's names and forms: their files
+    say who wrote them, as mlx-lm's and this library's do."""
+    if not checkpoint.files:
+        return False
+    for file in checkpoint.files:
+        with safe_open(file, "pt") as opened:
+            if (opened.metadata() or {}).get("format") != "mlx":
+                return False
+    return True
+
+
+@contextlib.contextmanager
+def _in_one_step(source: str | Path) -> Iterator[None]:
+    """Say of a dense checkpoint of MLX that does not fill a model what it is."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{source} is dense, and has MLX's names and parts. Convert what it was made "
+            f"of, in one step:\n{error}"
+        ) from error
+
+
+def _telling(make: Callable[[Writing], Any]) -> Callable[[Writing], Any]:
+    """The same, which raises for a weight that cannot be quantized what is wrong with
+    it, not what transformers makes of that."""
+
+    def made(writing: Writing) -> Any:
+        failed: list[Exception] = []
+        token = failures.set(failed)
+        try:
+            return make(writing)
+        except Exception as error:
+            if failed:
+                raise failed[0] from error
+            raise
+        finally:
+            failures.reset(token)
+
+    return made
+
+
+def _check_options(
     checkpoint: Checkpoint, model_class: Any, options: dict[str, Any]
 ) -> None:
-    """Raise for what counts only while a dense checkpoint is read."""
+    """Raise for what counts only while a dense checkpoint is read by transformers."""
     others = sorted(options.keys() - {*_HUB})
     if model_class is not AutoModelForCausalLM:
         others.append("model_class")
     if others:
         raise TypeError(
-            f"{', '.join(others)}: not taken for {checkpoint.folder}, which is quantized. "
-            "Load it with from_pretrained, and write it with save_checkpoint"
+            f"{', '.join(others)}: not taken for {checkpoint.folder}, which is quantized "
+            "or MLX's. Load it with from_pretrained, and write it with save_checkpoint"
         )
     if has_adapter(checkpoint.folder):
         raise ValueError(
