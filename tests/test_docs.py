@@ -410,7 +410,8 @@ def test_every_public_name_is_in_the_reference() -> None:
 def test_environment_variables_are_all_told() -> None:
     used: set[str] = set()
     for file in (ROOT / "affine_tensor").rglob("*.py"):
-        used |= set(re.findall(r"AFFINE_TENSOR_[A-Z_]+", file.read_text()))
+        # Not _AFFINE_TENSOR_COMPLETE, which shells and typer keep between them.
+        used |= set(re.findall(r"(?<!_)AFFINE_TENSOR_[A-Z_]+", file.read_text()))
     told = set()
     for file in (ROOT / "docs").glob("*.md"):
         told |= set(re.findall(r"AFFINE_TENSOR_[A-Z_]+", file.read_text()))
