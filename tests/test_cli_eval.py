@@ -178,7 +178,7 @@ def test_what_is_refused(
     line = failed(monkeypatch, capsys, "x", "--text", str(tmp_path / "latin"))
     assert "latin is not UTF-8 (byte 3)" in line
     line = failed(monkeypatch, capsys, "x", "--text", "no-such-file")
-    assert "No such file or directory: 'no-such-file'" in line
+    assert "--text no-such-file: No such file or directory. Name a file" in line
     line = failed(monkeypatch, capsys, "x", *given, "--picture", "a.txt")
     assert "must end in .png, .svg or .pdf" in line
     line = failed(monkeypatch, capsys, "x", *given, "--picture", "no-such/a.png")
@@ -190,7 +190,12 @@ def test_what_is_refused(
 
 def test_a_wrong_command_line(text: Path, monkeypatch: Patch, capsys: Capture) -> None:
     given = ("x", "--text", str(text))
-    for options in (("--bits", "7"), ("--bits", "four"), ("--group-size", "64")):
+    for options in (
+        ("--bits", "7"),
+        ("--bits", "four"),
+        ("--group-size", "64"),
+        ("--context", "16", "--stride", "32"),
+    ):
         assert run_main(monkeypatch, "eval", *given, *options) == 2
     assert run_main(monkeypatch, "eval", "x") == 2
     assert "--group-size goes with --bits" in capsys.readouterr().err

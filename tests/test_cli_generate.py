@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -242,7 +244,7 @@ def test_a_pipe_gets_the_text_as_it_comes_and_ctrl_c_ends_it() -> None:
         out, err = process.communicate()
     assert begun
     assert process.returncode == 130
-    assert err.decode().strip() in ("", "interrupted")  # typer's way, or ours
+    assert err.decode() == "interrupted\n"
     assert (begun + out).endswith(b"\n")
 
 
@@ -290,13 +292,23 @@ def test_devices_that_are_not_here(monkeypatch: Patch, capsys: Capture) -> None:
     if not torch.cuda.is_available():
         text = failed(monkeypatch, capsys, str(SHIPPED), "def ", "--device", "cuda")
         assert "--device cuda: there is none here" in text
-    text = failed(monkeypatch, capsys, str(SHIPPED), "def ", "--device", "gpu")
-    assert "--device gpu: no device of torch's" in text
+    text = failed(monkeypatch, capsys, str(SHIPPED), "def ", "--device", "cpu:7")
+    assert "--device cpu:7: there is none here" in text
+    for name in ("gpu", "xpu", "meta", "cuda:x", ""):
+        for command in ("generate", "eval", "bench"):
+            options = ("--text", "x") if command == "eval" else ()
+            given = (command, str(SHIPPED), *options, "--device", name)
+            assert run_main(monkeypatch, *given) == 2
+            err = capsys.readouterr().err
+            assert f"{name!r}: allowed are cpu, cuda, mps" in err
+            assert err.count("\n") == 1
 
 
 def test_a_wrong_command_line(monkeypatch: Patch, capsys: Capture) -> None:
     for options in (
         ("--top-p", "0.5"),
+        ("--seed", "1"),
+        ("--seed", str(2**64), "--temperature", "1"),
         ("--top-p", "0", "--temperature", "1"),
         ("--max-tokens", "0"),
         ("--temperature", "-1"),
@@ -306,3 +318,99 @@ def test_a_wrong_command_line(monkeypatch: Patch, capsys: Capture) -> None:
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     assert run_main(monkeypatch, "generate", "x") == 2
     assert "PROMPT is missing" in capsys.readouterr().err
+
+
+def test_the_largest_seed(monkeypatch: Patch, capsys: Capture) -> None:
+    options = ("--temperature", "1", "--seed", str(2**64 - 1), "-n", "1", "--json")
+    assert run_main(monkeypatch, "generate", str(SHIPPED), "def ", *options) == 0
+    assert json.loads(capsys.readouterr().out)["seed"] == 2**64 - 1
+
+
+def test_an_attention_that_nobody_has(monkeypatch: Patch, capsys: Capture) -> None:
+    given = ("generate", str(SHIPPED), "def ", "--attention", "bogus")
+    assert run_main(monkeypatch, *given) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("affine-tensor: --attention bogus: allowed are eager, ")
+    assert ", sdpa, sdpa_float32, " in err
+    assert err.count("\n") == 1
+
+
+def broken(folder: Path, source: Path, name: str, text: str) -> Path:
+    """A copy of which one file has another text, and the weights are links."""
+    folder.mkdir()
+    for file in source.glob("*"):
+        if file.name != name:
+            (folder / file.name).symlink_to(file)
+    (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("source", [SHIPPED, DENSE], ids=["mlx", "dense"])
+def test_a_configuration_that_is_broken(
+    source: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    config = json.loads((source / "config.json").read_text())
+    value = json.dumps({**config, "hidden_size": "x"})
+    folder = broken(tmp_path / "value", source, "config.json", value)
+    line = failed(monkeypatch, capsys, str(folder), "def ")
+    assert line.startswith(f"affine-tensor: {folder}/config.json: ")
+    assert "'hidden_size' expected int, got str (value: 'x'). Correct it" in line
+    kind = json.dumps({**config, "model_type": "martian"})
+    folder = broken(tmp_path / "kind", source, "config.json", kind)
+    line = failed(monkeypatch, capsys, str(folder), "def ")
+    assert f"{folder}/config.json has model_type 'martian', which transformers" in line
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_that_is_broken(
+    name: str, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    folder = broken(tmp_path / "text", SHIPPED, name, '{"a": "\n"}')
+    line = failed(monkeypatch, capsys, str(folder), "def ")
+    assert f"{folder}/{name} is not valid JSON" in line
+
+
+def test_a_tokenizer_that_is_none(
+    tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    folder = broken(tmp_path / "m", SHIPPED, "tokenizer.json", '{"a": 1}')
+    line = failed(monkeypatch, capsys, str(folder), "def ")
+    assert f"the tokenizer in {folder} cannot be loaded: " in line
+    assert line.endswith(". Copy it from the original model again\n")
+
+
+def test_prompts_that_are_no_text(monkeypatch: Patch, capsys: Capture) -> None:
+    line = failed(monkeypatch, capsys, "x", "a\udce9")
+    assert "PROMPT is not UTF-8 (character 1): convert it" in line
+    line = failed(monkeypatch, capsys, "x", "a", "--system", "\udce9")
+    assert "--system is not UTF-8 (character 0)" in line
+    for errors, place in (("strict", "byte 3"), ("surrogateescape", "character 3")):
+        data = io.BytesIO(b"abc\xe9")
+        stdin = io.TextIOWrapper(data, encoding="utf-8", errors=errors)
+        monkeypatch.setattr(sys, "stdin", stdin)
+        line = failed(monkeypatch, capsys, "x", "-")
+        assert "stdin is not " in line
+        assert f"({place}): convert it, as iconv does" in line
+
+
+def test_a_closed_stdin(monkeypatch: Patch, capsys: Capture) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "stdin is closed" in failed(monkeypatch, capsys, "x", "-")
+    assert run_main(monkeypatch, "generate", "x") == 2
+    assert run_main(monkeypatch, "eval", "x", "--text", "-") == 1
+    assert "stdin is closed" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such terminals")
+@pytest.mark.parametrize("option", ["--quiet", "--json"])
+def test_no_bars_where_only_the_text_is_wanted(option: str) -> None:
+    import pty
+
+    ours, theirs = pty.openpty()
+    command = [*MODULE, "generate", str(DENSE), "def ", "-n", "1", option]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, check=True)
+    os.write(theirs, b"end")  # so that there is something to read
+    assert os.read(ours, 1 << 16) == b"end"
+    os.close(ours)
+    os.close(theirs)
+    assert done.stdout

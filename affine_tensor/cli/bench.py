@@ -15,7 +15,7 @@ import typer
 from . import models
 from .many import Spread
 from .models import DType, Model, Revision
-from .output import AsJson, emit, print_facts, print_table, print_text
+from .output import AsJson, emit, no_bars, print_facts, print_table, print_text
 
 CLASS = Spread
 
@@ -91,6 +91,8 @@ def command(
         "fuse": fuse,
         "compile": compile,
     }
+    if as_json:
+        no_bars()
     names = list(dict.fromkeys(peer or []))
     if names:
         results, missing = _one_by_one(job, [OURS, *names])

@@ -14,7 +14,7 @@ import typer
 from . import models
 from .many import Spread
 from .models import DType, Model, Revision
-from .output import AsJson, emit, print_table, print_text
+from .output import AsJson, emit, no_bars, print_table, print_text, read_stdin
 
 if TYPE_CHECKING:
     from ..evaluate import Score
@@ -102,11 +102,18 @@ def command(
     after as many of those before it as fit; `affine_tensor.evaluate` says how exactly.
     """
     forms = _forms(bits, group_size)
+    if context is not None and stride is not None and stride > context:
+        raise typer.BadParameter(
+            f"--stride {stride}: it is at most --context, {context}, so that no token is "
+            "left out"
+        )
     if picture is not None:
         _check_picture(picture)
     texts = [read(name) for name in text]
     if forms:
         _check_dense(source, revision)
+    if as_json:
+        no_bars()
     # What did not fit is told below the table.
     logging.getLogger("affine_tensor").setLevel(logging.ERROR)
     loaded = models.load(source, device=device, dtype=dtype, revision=revision)
@@ -179,9 +186,14 @@ def _check_dense(source: str, revision: str | None) -> None:
 def read(name: str) -> str:
     """A text in UTF-8, with its line ends as they are; - is stdin.
 
-    Raises ValueError for other encodings, and what opening a file raises.
+    Raises ValueError for other encodings, OSError for what cannot be read.
     """
-    data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    try:
+        data = read_stdin().buffer.read() if name == "-" else Path(name).read_bytes()
+    except OSError as error:
+        raise OSError(
+            f"--text {name}: {error.strerror}. Name a file that can be read, or - for stdin"
+        ) from error
     try:
         return data.decode()
     except UnicodeDecodeError as error:

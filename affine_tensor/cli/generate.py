@@ -10,7 +10,9 @@ import typer
 
 from . import models
 from .models import DType, Model, Revision
-from .output import AsJson, emit
+from .output import AsJson, emit, no_bars, read_stdin, say
+
+_SEEDS = 1 << 64  # of torch
 
 EXAMPLES = """Examples:
 
@@ -43,7 +45,9 @@ def command(
     ] = 1.0,
     seed: Annotated[
         int | None,
-        typer.Option(help="Of sampling (default: another each time).", min=0),
+        typer.Option(
+            help="Of sampling (default: another each time).", min=0, max=_SEEDS - 1
+        ),
     ] = None,
     system: Annotated[
         str | None,
@@ -76,9 +80,13 @@ def command(
     """
     if not 0 < top_p <= 1:
         raise typer.BadParameter(f"--top-p {top_p}: allowed is above 0, to 1")
-    if top_p < 1 and not temperature:
-        raise typer.BadParameter("--top-p needs sampling: --temperature above 0")
+    if not temperature and (top_p < 1 or seed is not None):
+        name = "--top-p" if top_p < 1 else "--seed"
+        raise typer.BadParameter(f"{name} needs sampling: --temperature above 0")
     text = _read(prompt)
+    _check_text("--system", system or "")
+    if quiet or as_json:
+        no_bars()
     loaded = models.load(
         source, device=device, dtype=dtype, revision=revision, attention=attention
     )
@@ -103,11 +111,28 @@ def command(
 
 
 def _read(prompt: str | None) -> str:
-    if prompt is None and sys.stdin.isatty():
+    if prompt is None and (sys.stdin is None or sys.stdin.isatty()):
         raise typer.BadParameter("PROMPT is missing; - reads it from stdin")
-    if prompt is None or prompt == "-":
-        return sys.stdin.read()
-    return prompt
+    if prompt is not None and prompt != "-":
+        return _check_text("PROMPT", prompt)
+    try:
+        text = str(read_stdin().read())
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"stdin is not {error.encoding} (byte {error.start}): convert it, as iconv does"
+        ) from error
+    return _check_text("stdin", text)
+
+
+def _check_text(name: str, text: str) -> str:
+    """Raise ValueError for bytes that are no text, which Python keeps as surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} is not UTF-8 (character {error.start}): convert it, as iconv does"
+        ) from error
+    return text
 
 
 def encode(
@@ -302,4 +327,4 @@ def show(found: dict[str, Any]) -> None:
     ]
     if found["seed"] is not None:
         lines.append(f"seed: {found['seed']}")
-    print("\n".join(lines), file=sys.stderr)
+    say("\n".join(lines))

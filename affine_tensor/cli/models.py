@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .inspect import paths
+from .output import in_a_line, say
 
 if TYPE_CHECKING:
     from ..checkpoint.files import Checkpoint
@@ -24,9 +26,25 @@ Model = Annotated[
         autocompletion=paths,
     ),
 ]
+
+
+def _a_device(name: str | None) -> str | None:
+    """A callback: what is no name of a device is known without looking for it."""
+    if name is not None:
+        from ..kernels import machine
+
+        if not re.fullmatch(rf"({'|'.join(machine.KINDS)})(:\d+)?", name):
+            kinds = ", ".join(machine.KINDS)
+            raise typer.BadParameter(
+                f"{name!r}: allowed are {kinds}, and one of several, as in cuda:1"
+            )
+    return name
+
+
 Device = Annotated[
     str | None,
     typer.Option(
+        callback=_a_device,
         help="Such as cpu, cuda, cuda:1 or mps (default: the accelerator that there "
         "is, else cpu).",
         show_default=False,
@@ -60,7 +78,7 @@ Compile = Annotated[
 
 def note(text: str) -> None:
     """Tell the user something on stderr that is no error."""
-    print(f"affine-tensor: {text}", file=sys.stderr)
+    say(f"affine-tensor: {text}")
 
 
 # ---- loading ---------------------------------------------------------------------
@@ -109,7 +127,65 @@ def load_tokenizer(folder: Path) -> Any:
         )
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except ImportError:  # which says what is missing
+        raise
+    except Exception as error:  # of all kinds, few of which name a file
+        raise _broken_tokenizer(folder, error) from error
+
+
+def _broken_tokenizer(folder: Path, error: Exception) -> Exception:
+    from ..checkpoint.companions import _TOKENIZER_FILES
+    from ..checkpoint.files import CheckpointError, read_json
+
+    advice = "Copy it from the original model again"
+    for name in _TOKENIZER_FILES:
+        if name.endswith(".json"):
+            try:
+                read_json(folder / name)
+            except CheckpointError as broken:
+                return CheckpointError(f"{broken}. {advice}")
+    return CheckpointError(
+        f"the tokenizer in {folder} cannot be loaded: {in_a_line(error)}. {advice}"
+    )
+
+
+def _check_config(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError, with its file, for what transformers does not take."""
+    from transformers import CONFIG_MAPPING, __version__
+
+    from ..checkpoint.families import TRANSFORMERS_TYPES
+    from ..checkpoint.files import CheckpointError
+    from ..hf.pretrained import _read_config
+
+    path, kind = checkpoint.folder / "config.json", checkpoint.config["model_type"]
+    if not any(one in CONFIG_MAPPING for one in (kind, TRANSFORMERS_TYPES.get(kind))):
+        raise CheckpointError(
+            f"{path} has model_type {kind!r}, which transformers {__version__} does not "
+            "know. A later one may: pip install --upgrade transformers"
+        )
+    try:
+        _read_config(checkpoint, {})
+    except Exception as error:  # of all kinds: configurations are anybody's
+        raise CheckpointError(
+            f"{path}: {in_a_line(error)}. Correct it, or take config.json from the "
+            "original model"
+        ) from error
+
+
+def _check_attention(name: str | None) -> None:
+    """Raise for a name that nothing has; kernels of the Hub have a / in theirs."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    _import_transformers()  # and our own, with its name
+    names = sorted({"eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()})
+    names = [own for own in names if "|" not in own]  # of servers
+    if name is not None and name not in names and "/" not in name:
+        raise typer.BadParameter(
+            f"--attention {name}: allowed are {', '.join(names)}, as far as the model "
+            "has them"
+        )
 
 
 def load(
@@ -133,6 +209,8 @@ def load(
 
     place = _device(device)
     checkpoint = open_model(source, revision)
+    _check_attention(attention)
+    _check_config(checkpoint)
     # Before the weights, which take longer.
     own = load_tokenizer(checkpoint.folder) if tokenizer else None
     packed = formats.recognizes(checkpoint)
@@ -158,14 +236,8 @@ def _device(name: str | None) -> Any:
 
     if name is None:
         return machine.tensor_device(machine.default_kind())
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(
-            f"--device {name}: no device of torch's; cpu, cuda and mps are some"
-        ) from None
-    known = device.type not in machine.KINDS or machine.is_available(device.type)
-    if not known or (device.type == "cuda" and _beyond(device.index)):
+    device = torch.device(name)
+    if not machine.is_available(device.type) or _beyond(device):
         raise ValueError(
             f"--device {name}: there is none here; torch has {torch.__version__}. Leave "
             "it out, or take cpu"
@@ -173,10 +245,11 @@ def _device(name: str | None) -> Any:
     return device
 
 
-def _beyond(index: int | None) -> bool:
+def _beyond(device: Any) -> bool:
     import torch
 
-    return index is not None and index >= torch.cuda.device_count()
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    return device.index is not None and device.index >= count
 
 
 def _import_transformers() -> None:

@@ -177,13 +177,22 @@ def _told(error: Exception) -> str:
         more = len(lines) - _LINES
         lines = [*lines[:_LINES], f"… and {more} more lines ({DEBUG}=1 prints all)"]
     if not (len(lines) > 1 and _of_checkpoint(error)):
-        lines = [" ".join(filter(None, map(str.strip, lines)))]
+        lines = [_joined(lines)]
     if not isinstance(error, _TELLING):
         return (
             f"unexpected {type(error).__name__}: {lines[0]}. Please report it, with what "
             f"{DEBUG}=1 prints"
         )
     return "\n".join(lines)
+
+
+def in_a_line(error: Exception) -> str:
+    """The text of an error for a sentence: without line breaks and a dot at the end."""
+    return _joined(str(error).splitlines()).removesuffix(".") or type(error).__name__
+
+
+def _joined(lines: Sequence[str]) -> str:
+    return " ".join(filter(None, map(str.strip, lines)))
 
 
 def _of_checkpoint(error: Exception) -> bool:
@@ -203,6 +212,8 @@ def calm() -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # torch sets levels when it is imported, which may be later: errors alone.
+    os.environ.setdefault("TORCH_LOGS", "-all")
     for name in ("torchao", "torch", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.stderr.isatty():
