@@ -230,3 +230,7 @@ def test_a_wrong_command_line(monkeypatch: Patch, capsys: Capture) -> None:
     ):
         assert run_main(monkeypatch, "bench", "x", *options) == 2
     assert "--batch" in capsys.readouterr().err
+    # Also where the model is loaded by a process of its own.
+    options = ("--attention", "bogus", "--peer", "dense")
+    assert run_main(monkeypatch, "bench", str(SHIPPED), *options) == 2
+    assert "--attention bogus: allowed are eager, " in capsys.readouterr().err

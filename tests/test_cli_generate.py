@@ -320,6 +320,23 @@ def test_a_wrong_command_line(monkeypatch: Patch, capsys: Capture) -> None:
     assert "PROMPT is missing" in capsys.readouterr().err
 
 
+def test_the_script_keeps_other_libraries_quiet() -> None:
+    """Also those that set their levels when they are imported, which is later there."""
+    words = [
+        "affine-tensor",
+        "generate",
+        str(SHIPPED),
+        "a",
+        "-n1",
+        "-q",
+        "--device=cpu",
+    ]
+    code = f"import sys; sys.argv = {words}; from affine_tensor.cli import main; main()"
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_largest_seed(monkeypatch: Patch, capsys: Capture) -> None:
     options = ("--temperature", "1", "--seed", str(2**64 - 1), "-n", "1", "--json")
     assert run_main(monkeypatch, "generate", str(SHIPPED), "def ", *options) == 0

@@ -129,6 +129,8 @@ def _one_by_one(
             sys.stderr.write(done.stderr)  # notes
         if "error" not in found:
             results.append(found)
+        elif found.get("usage"):
+            raise typer.BadParameter(found["error"])
         elif name == OURS:
             raise RuntimeError(found["error"])
         else:
@@ -138,14 +140,14 @@ def _one_by_one(
 
 def serve() -> None:
     """One contestant's process: a job from stdin, and what it found, or why not."""
-    from .output import calm
+    from .output import calm, in_a_line, is_usage
 
     calm()
     job = json.load(sys.stdin)
     try:
         found = run(job)
     except Exception as error:  # of any library
-        found = {"error": str(error).strip() or type(error).__name__}
+        found = {"error": in_a_line(error), "usage": is_usage(error)}
     print(f"\n{json.dumps(found)}")
 
 

@@ -93,7 +93,7 @@ def failing() -> Iterator[None]:
         _drop(sys.stdout)  # the reader has seen enough, as `head` does
         sys.exit(1)
     except Exception as error:
-        usage = isinstance(error, _UsageError)
+        usage = is_usage(error)
         if os.environ.get(DEBUG) and not usage:
             raise
         if type(error).__name__ == "NoArgsIsHelpError":  # whose text is the help
@@ -109,8 +109,9 @@ def interrupted() -> None:
     sys.exit(130)
 
 
-# typer has no name of its own for it.
-_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+def is_usage(error: Exception) -> bool:
+    """Whether the command line is not right."""
+    return isinstance(error, typer.BadParameter.__mro__[1])  # which has no public name
 
 
 def _flush() -> None:
@@ -130,11 +131,11 @@ def _drop(stream: TextIO) -> None:
 
 def _tell(error: Exception) -> None:
     """Print an error, for programs too where they asked for it."""
-    usage = isinstance(error, _UsageError)
+    usage = is_usage(error)
     text = _usage(error) if usage else _told(error)
     with suppress(OSError):  # of a reader that left
         if _for_programs():
-            whole = text if usage else str(error)
+            whole = text if usage else _text(error)
             emit({"error": whole, "kind": type(error).__name__})
         _flush()
     say(f"affine-tensor: {text}")
@@ -168,11 +169,7 @@ _TELLING = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 
 def _told(error: Exception) -> str:
     """The text of an error in a line; of a checkpoint's with its list, which is cut."""
-    text = str(error).strip()
-    if isinstance(error, OSError) and error.strerror:  # without the number of it
-        where = f"{error.filename}: " if error.filename else ""
-        text = f"{where}{error.strerror}"
-    lines = text.splitlines() or [type(error).__name__]
+    lines = _text(error).splitlines() or [type(error).__name__]
     if len(lines) > _LINES:
         more = len(lines) - _LINES
         lines = [*lines[:_LINES], f"… and {more} more lines ({DEBUG}=1 prints all)"]
@@ -184,6 +181,13 @@ def _told(error: Exception) -> str:
             f"{DEBUG}=1 prints"
         )
     return "\n".join(lines)
+
+
+def _text(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:  # without the number of it
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}"
+    return str(error).strip()
 
 
 def in_a_line(error: Exception) -> str:
