@@ -86,6 +86,13 @@ def resolve(recipe: Recipe | None, model: nn.Module, default: AffineConfig) -> C
     )
 
 
+def default_of(mapping: Mapping[str, Any]) -> Answer:
+    """What a mapping says of the modules that it does not name."""
+    nested = isinstance(mapping.get("modules"), Mapping)
+    given = mapping.get("default") if nested else None
+    return True if given is None else _answer("default", given)
+
+
 def _choices() -> str:
     return f"one of {', '.join(NAMES)}, a JSON file"
 
@@ -235,7 +242,7 @@ def _asked(function: Callable[[str], Answer]) -> Choose:
 
 
 def _mapped(mapping: Mapping[str, Any], model: nn.Module) -> Choose:
-    default: Answer = True
+    default = default_of(mapping)
     modules: Mapping[str, Any] = mapping
     if isinstance(mapping.get("modules"), Mapping):
         unknown = mapping.keys() - {"modules", "default"}
@@ -244,8 +251,6 @@ def _mapped(mapping: Mapping[str, Any], model: nn.Module) -> Choose:
         clash = [key for key in unknown if isinstance(mapping[key], AffineConfig)]
         if clash:
             raise ValueError(f"recipe: {', '.join(clash)} must stand within 'modules'")
-        if mapping.get("default") is not None:
-            default = _answer("default", mapping["default"])
     answers = {name: _answer(name, value) for name, value in modules.items()}
     _check_names(answers, model)
 

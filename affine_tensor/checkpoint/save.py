@@ -30,7 +30,7 @@ from .names import Names
 
 Unsupported = Literal["error", "dense", "requantize"]
 
-_MLX_GROUP_SIZES = (32, 64, 128)
+MLX_GROUP_SIZES = (32, 64, 128)
 
 
 @dataclass
@@ -187,6 +187,11 @@ def check_free(folder: Path, overwrite: bool) -> None:
 def _check_free(folder: Path, overwrite: bool) -> None:
     if folder.is_file():
         raise FileExistsError(f"{folder} is a file; a folder is written")
+    above = next(path for path in (*folder.parents, Path()) if path.exists())
+    if not above.is_dir():
+        raise FileExistsError(
+            f"{folder} cannot be made, since {above} is a file. Choose another folder"
+        )
     names = place.names_in(folder)
     if not names:
         return
@@ -403,7 +408,7 @@ def _misfit(piece: _Piece, value: Tensor) -> str | None:
         return "its columns are permuted (act-order)"
     if weight.transposed or weight.dim() < 2:
         return f"it is a transposed or one-dimensional view, shape {list(weight.shape)}"
-    if weight.group_size not in (*_MLX_GROUP_SIZES, 256):
+    if weight.group_size not in (*MLX_GROUP_SIZES, 256):
         return f"MLX has no group size {weight.group_size}"
     return None
 
@@ -445,11 +450,11 @@ def _packed_entry(
     assert form is not None
     bits, group = form.bits, min(form.group_size, 128)
     if requantize:
-        sizes = [g for g in _MLX_GROUP_SIZES if like.shape[-1] % g == 0]
+        sizes = [g for g in MLX_GROUP_SIZES if like.shape[-1] % g == 0]
         if not sizes:
             raise ValueError(
                 f"{name}: {like.shape[-1]} columns are no multiple of any of MLX's "
-                f"group sizes ({layout.join(_MLX_GROUP_SIZES)}); pass "
+                f"group sizes ({layout.join(MLX_GROUP_SIZES)}); pass "
                 "unsupported='dense'"
             )
         group = min(sizes, key=lambda g: abs(g - form.group_size))
@@ -603,6 +608,7 @@ class Writing:
 
     writer: ShardWriter
     report: SaveReport
+    problems: list[str] = field(default_factory=list)  # after which nothing is written
 
     def packed(self, name: str, weight: AffineQuantizedTensor) -> None:
         """Write a packed weight with the scales that it has."""
@@ -610,7 +616,7 @@ class Writing:
         reason = _misfit(piece, weight)
         if reason:
             raise ValueError(
-                f"{name}: {reason}; MLX has {layout.join(_MLX_GROUP_SIZES)}"
+                f"{name}: {reason}; MLX has {layout.join(MLX_GROUP_SIZES)}"
             )
         entry = _packed_entry(piece, None, None, None, self.report)
         self.writer.add(entry.make())
@@ -631,13 +637,16 @@ class Writing:
         unsupported: Unsupported,
     ) -> None:
         """Write a parameter as it is, as `save_checkpoint` would; or a buffer, of which
-        `counted` is None."""
-        problems: list[str] = []
+        `counted` is None. What MLX cannot hold is kept for `check`."""
         for entry in _entries_of(
-            names, name, value, dtype, counted, unsupported, self.report, problems
+            names, name, value, dtype, counted, unsupported, self.report, self.problems
         ):
-            self.writer.add(entry.make())
-        check_problems(problems)
+            if not self.problems:
+                self.writer.add(entry.make())
+
+    def check(self) -> None:
+        """Raise ValueError for the parameters that MLX cannot hold."""
+        check_problems(self.problems)
 
 
 def save_into(

@@ -6,12 +6,21 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.files import CheckpointError, fetch, open_checkpoint
+from .. import layout
+from ..checkpoint.companions import has_tokenizer
+from ..checkpoint.files import Checkpoint, CheckpointError, fetch, open_checkpoint
 from ..checkpoint.formats import recognizes
-from ..checkpoint.save import SaveReport, check_free, save_checkpoint
-from ..quantize import AffineConfig
-from .choices import Choices, check_skipped
+from ..checkpoint.forms import Stored
+from ..checkpoint.load import make_plan
+from ..checkpoint.save import SaveReport, Unsupported, check_free, save_checkpoint
+from ..quantize import AffineConfig, slots
+from ..recipes import module_paths
+from .choices import Choices
 from .config import AffineQuantizationConfig
+from .convert import _bars, check_apart, is_dense_of_mlx
+from .loading import _check_loaded
+from .pretrained import refuse_adapter
+from .skeleton import skeleton
 
 
 def convert_calibrated(
@@ -21,6 +30,7 @@ def convert_calibrated(
     config: AffineQuantizationConfig,
     *,
     dtype: Any = "auto",
+    unsupported: Unsupported = "error",
     revision: str | None = None,
     max_shard_bytes: int,
     overwrite: bool = False,
@@ -30,31 +40,22 @@ def convert_calibrated(
 
     `text` is a file in UTF-8. The whole dense model is in memory. Returns what was
     written, and the report of the calibration. Raises as `convert` and `calibrate_` do,
-    and ImportError if this version has no calibration.
+    and ImportError if this version has no calibration; what can be known before the
+    model is read is raised before.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        calibrate_ = importlib.import_module("affine_tensor.calibrate").calibrate_
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            "this version of affine_tensor has no calibration (affine_tensor.calibrate); "
-            "convert without --calibrate"
-        ) from error
-    check_free(Path(folder).expanduser(), overwrite)
-    words = Path(text).expanduser().read_text(encoding="utf-8")
+    calibrate_ = _calibration()
+    folder = Path(folder).expanduser()
+    check_apart(source, folder)
+    check_free(folder, overwrite)
+    words = _read(Path(text).expanduser())
     place = fetch(source, revision=revision)
-    if recognizes(open_checkpoint(place)):
-        raise CheckpointError(
-            f"{source} is quantized already; a dense checkpoint is calibrated. Convert "
-            "it with --dequantize first"
-        )
-    model = AutoModelForCausalLM.from_pretrained(
-        place, dtype=dtype, trust_remote_code=False
-    ).eval()
-    tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    check_skipped(model, config.modules_to_not_convert or [])
+    checkpoint = open_checkpoint(place)
+    _check_source(source, checkpoint)
+    with _bars(progress):
+        model, tokenizer = _load(place, dtype)
     choices = Choices(model, config)
+    choices.check_for_mlx()
+    dense = _reasons(choices)
     first = {id(p): name for name, p in model.named_parameters()}
 
     def filter_fn(module: Any, name: str) -> bool | AffineConfig:
@@ -73,9 +74,98 @@ def convert_calibrated(
     report = save_checkpoint(
         model,
         folder,
+        unsupported=unsupported,
         tokenizer=place,
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
         progress=progress,
     )
+    report.dense |= {n: why for n, why in dense.items() if n not in report.packed}
     return report, found
+
+
+def _calibration() -> Any:
+    try:
+        return importlib.import_module("affine_tensor.calibrate").calibrate_
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "this version of affine_tensor has no calibration (affine_tensor.calibrate); "
+            "convert without --calibrate"
+        ) from error
+
+
+def _read(file: Path) -> str:
+    if file.is_dir() or not file.exists():  # a pipe will do
+        what = "it is a folder" if file.is_dir() else "there is no such file"
+        raise FileNotFoundError(
+            f"the calibration text is {file}, and {what}. Give a file of plain text"
+        )
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"the calibration text {file} is not UTF-8 (byte {error.start}): convert it, "
+            "as iconv does"
+        ) from error
+
+
+def _check_source(source: str | Path, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for what transformers would not load as it is meant."""
+    if recognizes(checkpoint):
+        raise CheckpointError(
+            f"{source} is quantized already; a dense checkpoint is calibrated. Take the "
+            "original"
+        )
+    refuse_adapter(checkpoint.folder)
+    if is_dense_of_mlx(checkpoint):
+        for item in make_plan(skeleton(checkpoint), checkpoint).items:
+            alike = isinstance(item.form, Stored) or not item.leaves
+            if not alike or {*item.leaves} - {item.target.name}:
+                raise CheckpointError(
+                    f"{source} is dense, and has MLX's names and forms, as "
+                    f"{next(iter(item.leaves))}; calibration needs the original's. Take "
+                    "what it was made of"
+                )
+    if not has_tokenizer(checkpoint.folder):
+        raise FileNotFoundError(
+            f"{source} has no tokenizer (tokenizer.json), which cuts the calibration text "
+            "into tokens. Copy tokenizer.json and tokenizer_config.json from the original "
+            "into it"
+        )
+
+
+def _load(place: Path, dtype: Any) -> tuple[Any, Any]:
+    """The dense model, of which nothing is missing, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        place,
+        dtype=dtype,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are told with what is missing
+    )
+    model, info = loaded
+    _check_loaded(place, info)
+    return model.eval(), tokenizer
+
+
+def _reasons(choices: Choices) -> dict[str, str]:
+    """Why matrices stay dense, by what MLX calls them."""
+    values = {slot.name: slot.parameter for slot in slots(choices.model).values()}
+    reasons: dict[str, str] = {}
+    for name in module_paths(choices.model):
+        value = values[name]
+        for leaf in next(choices.names.forms(name, value.shape)).names():
+            config = choices.config_for(name, value, leaf.removesuffix(".weight"))
+            why: str | None = "calibration leaves stacks of experts as they are"
+            if isinstance(config, str):
+                why = config
+            elif value.dim() == 2:
+                why = layout.why_not(
+                    value.shape[-1], bits=config.bits, group_size=config.group_size
+                )
+            if why is not None and leaf.endswith("weight"):
+                reasons[leaf] = why
+    return reasons

@@ -85,6 +85,7 @@ def rewrite(
                     )
                 del value
                 bar.update()
+    writing.check()
     check_repeated(plan)
     return model
 
