@@ -366,6 +366,17 @@ def test_the_name_that_a_tied_head_has_in_a_recipe(tmp_path: Path) -> None:
 TIED = Case("llama", {"tie_word_embeddings": True})
 
 
+def test_formats_that_are_not_read(tmp_path: Path) -> None:
+    _write_dense_checkpoint(LLAMA, tmp_path / "dense")
+    path = tmp_path / "dense" / "config.json"
+    settings = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    config = json.loads(path.read_text()) | {"quantization_config": settings}
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"'bitsandbytes'; MLX.*dense original"):
+        affine_tensor.convert(tmp_path / "dense", tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
 def test_a_weight_that_is_nan(tmp_path: Path) -> None:
     _write_dense_checkpoint(LLAMA, tmp_path / "dense")
     file = tmp_path / "dense" / "model.safetensors"

@@ -17,7 +17,7 @@ from ..quantize import AffineConfig, slots
 from ..recipes import module_paths
 from .choices import Choices
 from .config import AffineQuantizationConfig
-from .convert import _bars, check_apart, is_dense_of_mlx
+from .convert import _bars, check_apart, check_format, is_dense_of_mlx
 from .loading import _check_loaded
 from .pretrained import refuse_adapter
 from .skeleton import skeleton
@@ -111,6 +111,7 @@ def _read(file: Path) -> str:
 
 def _check_source(source: str | Path, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError for what transformers would not load as it is meant."""
+    check_format(checkpoint)
     if recognizes(checkpoint):
         raise CheckpointError(
             f"{source} is quantized already; a dense checkpoint is calibrated. Take the "

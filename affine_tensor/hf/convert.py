@@ -23,6 +23,7 @@ from ..checkpoint.files import (
     fetch,
     open_checkpoint,
 )
+from ..checkpoint.inspection import format_of
 from ..checkpoint.save import (
     SaveReport,
     ShardWriter,
@@ -109,6 +110,7 @@ def convert(
     check_free(folder, overwrite)
     hub = {name: options[name] for name in _HUB if name in options}
     checkpoint = open_checkpoint(fetch(source, **hub))
+    check_format(checkpoint)
     quantizes = not (bits is None and group_size is None and recipe is None)
     if dequantize and (quantizes or modules_to_not_convert):
         raise ValueError(
@@ -186,6 +188,17 @@ def check_apart(source: str | Path, folder: Path) -> None:
     raise ValueError(
         f"{source} {how}: the original would be lost. Choose another folder"
     )
+
+
+def check_format(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for a checkpoint in a format that is not read."""
+    form = format_of(checkpoint)
+    if not form.readable:
+        raise CheckpointError(
+            f"{checkpoint.folder}: its config.json says quant_method {form.name!r}; MLX, "
+            "GPTQ, AWQ, compressed-tensors and dense weights are read. Take the model in "
+            "one of these formats, best the dense original"
+        )
 
 
 def is_dense_of_mlx(checkpoint: Checkpoint) -> bool:
