@@ -93,6 +93,8 @@ class Fuzzer:
         # Loading a whole Llama takes longer than the others.
         base = self.bases[-1] if dice.random() < 0.03 else dice.choice(self.bases[:-1])
         draft = Draft.of(base, dice.choice([1, 1, 2, 3]))
+        limit = sys.getrecursionlimit()
+        sys.setrecursionlimit(10 * limit)  # what is nested deep is nested deeper
         said = mutate(draft, dice)
         text = json.dumps(draft.jsons.get(INDEX))
         if "/OUTSIDE/" in text:
@@ -100,6 +102,7 @@ class Fuzzer:
             draft.jsons[INDEX] = json.loads(text)
         folder = self.root / f"case{case}"
         draft.write(folder)
+        sys.setrecursionlimit(limit)
         found = {"case": case, "base": base.name, "mutations": said}
         try:
             outcome, detail = self._judge(base, folder, bool(said))

@@ -469,6 +469,8 @@ def folder_things(draft: Draft, dice: Random) -> str:
                 (folder / stray).write_bytes((folder / source).read_bytes())
             return
         content = path.read_bytes() if path.is_file() else b"{}"
+        if path.is_dir() and not path.is_symlink():  # another step made it
+            path.rmdir()
         path.unlink(missing_ok=True)
         if how == "link":  # as in the Hub's cache, which is made of them
             blob = folder.parent / "blobs" / target

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -223,6 +223,16 @@ def test_broken_files_are_refused_by_name(case: str, tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
     for text in (str(file), *said):
         assert text in str(caught.value)
+
+
+def test_an_offset_of_minus_zero_is_refused_as_by_safetensors(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    text = b'{"a": {"dtype": "U8", "shape": [8], "data_offsets": [-0, 8]}}'
+    file.write_bytes(struct.pack("<Q", len(text)) + text + DATA[:8])
+    with pytest.raises(SafetensorError), safe_open(file, "pt"):
+        pass
+    with pytest.raises(CheckpointError, match="-0 is no number"):
+        open_checkpoint(tmp_path)
 
 
 def test_the_file_that_the_broken_ones_are_made_from_is_read(tmp_path: Path) -> None:

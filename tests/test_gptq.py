@@ -477,6 +477,8 @@ def test_what_is_recognized(tmp_path: Path) -> None:
         (dense, {"quant_method": "VPTQ"}, {}, True),
         (dense, {"quant_method": "compressed-tensors"}, {}, False),
         (dense, None, {}, False),
+        (stored, settings(quant_method=1e308), {}, False),
+        (stored, settings(quant_method=False), {}, False),
         (awq, {"quant_method": "awq"}, {}, False),
         (awq, round_awq, {}, False),
         (awq, None, {"quant_config.json": old_awq}, False),

@@ -627,6 +627,13 @@ def _strict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _whole(text: str) -> int:
+    """A number of a header. Raises ValueError for -0, which safetensors refuses."""
+    if text == "-0":
+        _no_number(text)
+    return int(text)
+
+
 def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no number")
 
@@ -709,7 +716,13 @@ def _open_header(file: Path) -> _Header:
             )
         text = stream.read(length)
     where = f"the header of {file}"
-    entries = _object(text, where, object_pairs_hook=_strict, parse_constant=_no_number)
+    entries = _object(
+        text,
+        where,
+        object_pairs_hook=_strict,
+        parse_constant=_no_number,
+        parse_int=_whole,
+    )
     entries.pop("__metadata__", None)
     return _Header(file, size, 8 + length, entries, stamp)
 

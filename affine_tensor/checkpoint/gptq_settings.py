@@ -61,7 +61,7 @@ _KEY = "quantization_config"
 
 def _method(entry: dict[str, Any]) -> str | None:
     method = entry.get("quant_method", entry.get("method"))
-    return method.lower() if isinstance(method, str) else None
+    return None if method is None else str(method).lower()  # of a number, too
 
 
 def _packing(entry: dict[str, Any]) -> str:

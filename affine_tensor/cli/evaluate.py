@@ -99,7 +99,8 @@ def command(
 
     A dense MODEL is measured as it is and then at each width, quantized anew from the
     dense weights; a quantized one as it is. Every token of the texts is counted once,
-    after as many of those before it as fit; `affine_tensor.evaluate` says how exactly.
+    after as many of those before it as fit in a window of --context tokens, of which
+    each begins --stride tokens after the one before.
     """
     forms = _forms(bits, group_size)
     if context is not None and stride is not None and stride > context:
