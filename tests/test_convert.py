@@ -366,6 +366,19 @@ def test_the_name_that_a_tied_head_has_in_a_recipe(tmp_path: Path) -> None:
 TIED = Case("llama", {"tie_word_embeddings": True})
 
 
+def test_a_weight_of_another_shape(tmp_path: Path) -> None:
+    """transformers compares no shapes of weights that are quantized."""
+    _write_dense_checkpoint(LLAMA, tmp_path / "dense")
+    file = tmp_path / "dense" / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name][:, :64].contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"^{name}: its shape is \[.*64\], and the"):
+        affine_tensor.convert(tmp_path / "dense", tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
 def test_formats_that_are_not_read(tmp_path: Path) -> None:
     _write_dense_checkpoint(LLAMA, tmp_path / "dense")
     path = tmp_path / "dense" / "config.json"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from fnmatch import fnmatchcase
 from typing import Any
@@ -22,11 +23,26 @@ from .config import AffineQuantizationConfig
 
 _SIXTEEN = "group_size is 16, which MLX does not read; it has 32, 64 and 128"
 
-# transformers goes on after an error in one weight, and says only that there was one. In
-# a list that stands here the error is found afterwards; nothing more is quantized then.
-failures: ContextVar[list[Exception] | None] = ContextVar(
+# The error of the first weight that could not be quantized, within `telling`.
+_failures: ContextVar[list[Exception] | None] = ContextVar(
     "affine_tensor_failures", default=None
 )
+
+
+@contextmanager
+def telling() -> Iterator[None]:
+    """Of a load of transformers', which goes on after an error in one weight and says
+    only that there was one: raise that error, and quantize nothing more after it."""
+    failed: list[Exception] = []
+    token = _failures.set(failed)
+    try:
+        yield
+    except Exception as error:
+        if failed:
+            raise failed[0] from error
+        raise
+    finally:
+        _failures.reset(token)
 
 
 class Choices:
@@ -41,6 +57,8 @@ class Choices:
             *(getattr(model, "_keep_in_fp32_modules", None) or []),
             *(getattr(model, "_keep_in_fp32_modules_strict", None) or []),
         ]
+        tensors = model.state_dict(keep_vars=True).items()
+        self._shapes = {name: value.shape for name, value in tensors}
         self.recipe = config.recipe
         self._choose = recipes.resolve(config.recipe, model, self.default)
 
@@ -85,11 +103,18 @@ class Choices:
     ) -> tuple[Form, dict[str, Tensor], dict[str, str]]:
         """How the parameter lies in MLX; its pieces there, quantized as MLX would have
         them, by their names; and why matrices among them stay dense. Raises ValueError,
-        which names it, for NaN and infinite values."""
-        failed = failures.get()
+        which names it, for NaN and infinite values, and for another shape than the
+        model's, which transformers does not look at here."""
+        failed = _failures.get()
         if failed:
             raise failed[0]
         try:
+            shape = self._shapes.get(name, value.shape)
+            if value.shape != shape:
+                raise ValueError(
+                    f"its shape is {list(value.shape)}, and the model's {list(shape)}. "
+                    "config.json and the weights are not of one model"
+                )
             return self._pieces(name, value)
         except ValueError as error:
             named = ValueError(f"{name}: {error}")

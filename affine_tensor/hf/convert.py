@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from ..checkpoint.save import (
 )
 from ..recipes import Recipe
 from ..tensor import AffineQuantizedTensor
-from .choices import failures
+from .choices import telling
 from .config import AffineQuantizationConfig
 from .pretrained import from_pretrained
 from .register import has_adapter
@@ -164,10 +164,16 @@ def convert(
                 progress=progress,
             )
 
+    make = from_mlx if in_mlx else from_dense
+
+    def told(writing: Writing) -> Any:
+        with telling():
+            return make(writing)
+
     with _bars(progress):
         return save_into(
             folder,
-            _telling(from_mlx if in_mlx else from_dense),
+            told,
             max_shard_bytes=max_shard_bytes,
             overwrite=overwrite,
         )
@@ -223,25 +229,6 @@ def _in_one_step(source: str | Path) -> Iterator[None]:
             f"{source} is dense, and has MLX's names and parts. Convert what it was made "
             f"of, in one step:\n{error}"
         ) from error
-
-
-def _telling(make: Callable[[Writing], Any]) -> Callable[[Writing], Any]:
-    """The same, which raises for a weight that cannot be quantized what is wrong with
-    it, not what transformers makes of that."""
-
-    def made(writing: Writing) -> Any:
-        failed: list[Exception] = []
-        token = failures.set(failed)
-        try:
-            return make(writing)
-        except Exception as error:
-            if failed:
-                raise failed[0] from error
-            raise
-        finally:
-            failures.reset(token)
-
-    return made
 
 
 def _check_options(
