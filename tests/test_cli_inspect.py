@@ -452,6 +452,18 @@ def test_an_adapter_beside_the_weights(packed: bool, tmp_path: Path) -> None:
     assert "has an adapter beside the weights" in refused
 
 
+def test_a_long_refusal_is_cut(tmp_path: Path) -> None:
+    tensors = qwen3_moe(SMALL)
+    gone = [name for name in tensors if "self_attn" in name]
+    for name in gone:
+        del tensors[name]
+    write_sparse(tmp_path, with_routers_of_8_bits(SMALL), tensors)
+    assert len(as_object(tmp_path, code=1)["refused"].splitlines()) > 12
+    text = run(tmp_path)[1]
+    assert "more lines (--json has all)" in text
+    assert len(text.partition("Loading would be refused")[2].splitlines()) <= 14
+
+
 def test_words_that_are_not_understood_have_no_bits_per_weight(tmp_path: Path) -> None:
     settings = {"quant_method": "awq", "bits": 4, "group_size": 128}
 

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .output import AsJson, emit, no_bars, print_facts, print_table, print_text
+from .output import (
+    AsJson,
+    emit,
+    no_bars,
+    print_facts,
+    print_table,
+    print_text,
+    shortened,
+)
 
 if TYPE_CHECKING:
     from ..checkpoint.files import Checkpoint
@@ -294,7 +302,8 @@ def _loading(found: Found) -> list[tuple[str, str]]:
     """What a load would do, as lines and their styles."""
     outlook = found.outlook
     if outlook.refused:
-        return [(f"Loading would be refused: {outlook.refused}", "red")]
+        why = "\n".join(shortened(outlook.refused.splitlines(), "--json has all"))
+        return [(f"Loading would be refused: {why}", "red")]
     if found.format.name == "dense":
         text = "Dense: nothing is packed. affine-tensor convert quantizes it."
         notes = [(f"{_named(n)}: {why}", "red") for why, n in outlook.notes.items()]

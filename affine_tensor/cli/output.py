@@ -167,12 +167,17 @@ def _usage(error: Any) -> str:
 _TELLING = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 
 
+def shortened(lines: list[str], hint: str) -> list[str]:
+    """The first of many lines, and how the others are had."""
+    if len(lines) <= _LINES:
+        return lines
+    return [*lines[:_LINES], f"… and {len(lines) - _LINES} more lines ({hint})"]
+
+
 def _told(error: Exception) -> str:
     """The text of an error in a line; of a checkpoint's with its list, which is cut."""
     lines = _text(error).splitlines() or [type(error).__name__]
-    if len(lines) > _LINES:
-        more = len(lines) - _LINES
-        lines = [*lines[:_LINES], f"… and {more} more lines ({DEBUG}=1 prints all)"]
+    lines = shortened(lines, f"{DEBUG}=1 prints all")
     if not (len(lines) > 1 and _of_checkpoint(error)):
         lines = [_joined(lines)]
     if not isinstance(error, _TELLING):
