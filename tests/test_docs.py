@@ -31,6 +31,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import typer
 from hub_server import HubServer, only_loopback, use_hub
 from safetensors.torch import load_file, save_file
 from test_other_formats import awq, gptq
@@ -416,6 +417,16 @@ def test_environment_variables_are_all_told() -> None:
     for file in (ROOT / "docs").glob("*.md"):
         told |= set(re.findall(r"AFFINE_TENSOR_[A-Z_]+", file.read_text()))
     assert told == used
+
+
+def test_options_of_commands_are_all_told() -> None:
+    text = (ROOT / "docs" / "cli.md").read_text()
+    group: Any = typer.main.get_command(cli.app)
+    for command in group.commands.values():
+        for parameter in command.params:
+            names = [name for name in parameter.opts if name.startswith("--")]
+            told = [name for name in names if re.search(rf"{name}\b", text)]
+            assert told or not names, f"{command.name}: {names}"
 
 
 def test_links_to_files_of_the_repository_lead_somewhere() -> None:
