@@ -102,8 +102,9 @@ def convert(
     `cache_dir`, `token`, `local_files_only`). Returns what was written.
 
     Raises FileExistsError as `save_checkpoint` does, ValueError for options that do not
-    go together, modules that are none of the model's, and a `folder` that is `source` or
-    around it, and what `from_pretrained` raises; then `folder` is as it was.
+    go together, modules to leave dense that leave none, weights that are NaN, and a
+    `folder` that is `source` or around it, and what `from_pretrained` raises; then
+    `folder` is as it was.
     """
     folder = Path(folder).expanduser()
     check_apart(source, folder)
@@ -112,31 +113,25 @@ def convert(
     checkpoint = open_checkpoint(fetch(source, **hub))
     check_format(checkpoint)
     quantizes = not (bits is None and group_size is None and recipe is None)
-    if dequantize and (quantizes or modules_to_not_convert):
-        raise ValueError(
-            "dequantize makes every weight dense; it does not go together with bits, "
-            "group_size, recipe and modules_to_not_convert"
-        )
     dense = not formats.recognizes(checkpoint)
-    if modules_to_not_convert and not (dense or quantizes):
-        raise ValueError(
-            f"modules_to_not_convert is of no use for {source}: its weights keep their "
-            "codes. Give bits to quantize them again"
-        )
+    if dtype is None:
+        dtype = "auto"
+    if dtype not in ("auto", "keep"):
+        dtype = as_dtype(dtype, layout.WEIGHT_DTYPES, "auto")
+    _check_together(
+        source,
+        dense,
+        quantizes,
+        dequantize,
+        keeps=dtype == "keep",
+        skips=bool(modules_to_not_convert),
+    )
     config = AffineQuantizationConfig(
         4 if bits is None else bits,
         64 if group_size is None else group_size,
         modules_to_not_convert,
         recipe=recipe,
     )
-    if dtype is None:
-        dtype = "auto"
-    if dtype not in ("auto", "keep"):
-        dtype = as_dtype(dtype, layout.WEIGHT_DTYPES, "auto")
-
-    if dense and (dequantize or dtype == "keep"):
-        given = "dequantize" if dequantize else "dtype='keep'"
-        raise ValueError(f"{source} is dense: {given} is for quantized sources")
     # Under MLX's names, which transformers may not know.
     in_mlx = not dense or is_dense_of_mlx(checkpoint)
 
@@ -177,6 +172,31 @@ def convert(
             max_shard_bytes=max_shard_bytes,
             overwrite=overwrite,
         )
+
+
+def _check_together(
+    source: str | Path,
+    dense: bool,
+    quantizes: bool,
+    dequantize: bool,
+    *,
+    keeps: bool,
+    skips: bool,
+) -> None:
+    """Raise ValueError for options that do not go together, or not with this source."""
+    if dequantize and (quantizes or skips):
+        raise ValueError(
+            "dequantize makes every weight dense; it does not go together with bits, "
+            "group_size, recipe and modules_to_not_convert"
+        )
+    if skips and not (dense or quantizes):
+        raise ValueError(
+            f"modules_to_not_convert is of no use for {source}: its weights keep their "
+            "codes. Give bits to quantize them again"
+        )
+    if dense and (dequantize or keeps):
+        given = "dequantize" if dequantize else "dtype='keep'"
+        raise ValueError(f"{source} is dense: {given} is for quantized sources")
 
 
 def check_apart(source: str | Path, folder: Path) -> None:
