@@ -80,6 +80,11 @@ def views(folder: Path) -> Iterator[dict[str, Tensor]]:
     yield whole | {n: t for n, t in by_index.items() if t is not None}
     for tensors in files.values():
         yield whole | (tensors or {})
+    # Files that the index does not name do not count.
+    named: dict[str, Tensor] = {}
+    for file in sorted({file for file in weight_map.values() if isinstance(file, str)}):
+        named |= files.get(file) or {}
+    yield named
 
 
 # ---- codes -----------------------------------------------------------------------
@@ -175,7 +180,8 @@ def own_tensors(tensors: dict[str, Tensor], name: str) -> tuple[str, dict[str, T
         own = {
             k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)
         }
-        if (stem == name and "" in own) or (stem != name and own):
+        # A bias alone may be under another prefix than its weight.
+        if (stem == name and "" in own) or (stem != name and own.keys() - {"bias"}):
             return stem, own
     raise Unreadable("no such tensor")
 

@@ -400,6 +400,9 @@ def test_a_weight_that_is_nan(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         affine_tensor.convert(tmp_path / "dense", tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+    config = affine_tensor.AffineQuantizationConfig()
+    with pytest.raises(ValueError, match=message):
+        affine_tensor.from_pretrained(tmp_path / "dense", quantization_config=config)
 
 
 def test_the_original_is_not_replaced_by_what_is_made_of_it(tmp_path: Path) -> None:

@@ -24,8 +24,9 @@ class AffineQuantizationConfig(QuantizationConfigMixin):
     Args:
         bits: as in `AffineConfig`.
         group_size: the same.
-        modules_to_not_convert: modules that stay dense, by the beginnings or ends of
-            their names, as transformers' other configs take them; default none.
+        modules_to_not_convert: modules that stay dense with what is in them, by the
+            beginnings or ends of their names, as transformers' other configs take them,
+            or by patterns such as ``"*.mlp.*"``; default none.
         dequantize: make every weight dense after reading.
         recipe: modules of other bits, as `affine_tensor.recipes` has it: the name of
             one of mlx-lm's ("mixed_3_6"), a JSON file, a mapping of modules to

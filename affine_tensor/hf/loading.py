@@ -27,6 +27,7 @@ from ..checkpoint.load import LoadReport
 from ..checkpoint.names import is_tower
 from ..tensor import logger
 from . import attention
+from .choices import telling
 from .config import METHOD, AffineQuantizationConfig
 from .quantizer import DenseTensor, Loading, current
 
@@ -89,7 +90,7 @@ def load(
     with_info = kwargs.pop("output_loading_info", False)
     token = current.set(loading)
     try:
-        with _one_at_a_time:
+        with _one_at_a_time, telling():
             model, info = _stock_from_pretrained(
                 model_class,
                 None,

@@ -142,7 +142,7 @@ def _bytes(size: int | str) -> int:
     """Bytes of a size such as "5GB", as transformers spells them."""
     if isinstance(size, int):
         return size
-    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?I?B?)\s*", size.upper())
+    match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([KMGT]?I?B?)\s*", size.upper())
     if not match or match[2] not in _UNITS:
         raise ValueError(f"max_shard_size is {size!r}; write it as '5GB' or in bytes")
     return int(float(match[1]) * _UNITS[match[2]])
