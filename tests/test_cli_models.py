@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from affine_tensor import CheckpointError
+from affine_tensor.checkpoint.forms import PlusOne
+from affine_tensor.checkpoint.names import Names
 from affine_tensor.cli import models
 
 DENSE = Path(__file__).resolve().parent.parent / "examples" / "stdlib-6m"
@@ -55,6 +58,31 @@ def test_a_format_that_is_not_read(dense: Path) -> None:
     config["quantization_config"] = {"quant_method": "martian"}
     (dense / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="quant_method 'martian'"):
+        load(dense)
+
+
+@pytest.mark.parametrize("writer", ["mlx", "pt"])
+def test_values_that_mlx_stores_otherwise(
+    writer: str, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A stand-in for an architecture that has them, under transformers' names.
+    (file,) = dense.glob("*.safetensors")
+    save_file(load_file(file), file, {"format": writer})
+    assert not load(dense).packed
+    forms = Names.forms
+
+    def with_norms_of_mlx(names: Names, name: str, shape: Any) -> Any:
+        return (
+            [PlusOne(name)]
+            if name.endswith("norm.weight")
+            else forms(names, name, shape)
+        )
+
+    monkeypatch.setattr(Names, "forms", with_norms_of_mlx)
+    if writer == "pt":
+        load(dense)
+        return
+    with pytest.raises(CheckpointError, match=r"MLX stores .*norm\.weight with other"):
         load(dense)
 
 

@@ -268,18 +268,11 @@ def _load_dense(checkpoint: Checkpoint, options: dict[str, Any]) -> Any:
     """By transformers itself, which would make up what is not there, and say so."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from ..checkpoint.files import CheckpointError
-    from ..checkpoint.inspection import format_of
+    from ..hf.convert import check_format
     from ..hf.loading import _check_loaded
     from ..hf.pretrained import _class_of, refuse_adapter
 
-    form = format_of(checkpoint)
-    if not form.readable:
-        raise CheckpointError(
-            f"{checkpoint.folder}: its config.json says quant_method {form.name!r}; MLX, "
-            "GPTQ, AWQ, compressed-tensors and dense weights are read. Load it with "
-            "transformers, or take the model in one of these formats"
-        )
+    check_format(checkpoint)
     refuse_adapter(checkpoint.folder)
     config = AutoConfig.from_pretrained(checkpoint.folder)
     own_class, config = _class_of(AutoModelForCausalLM, config)
@@ -287,7 +280,28 @@ def _load_dense(checkpoint: Checkpoint, options: dict[str, Any]) -> Any:
         checkpoint.folder, config=config, output_loading_info=True, **options
     )
     _check_loaded(checkpoint.folder, info)
+    _refuse_values_of_mlx(checkpoint, model)
     return model.eval()
+
+
+def _refuse_values_of_mlx(checkpoint: Checkpoint, model: Any) -> None:
+    """Raise CheckpointError where MLX has other numbers under transformers' names, such as
+    norms with one added, and these files are MLX's."""
+    from ..checkpoint.files import CheckpointError
+    from ..checkpoint.names import Names
+    from ..hf.convert import is_dense_of_mlx
+
+    if not is_dense_of_mlx(checkpoint):
+        return
+    names = Names(model)
+    for name, value in model.named_parameters():
+        form = next(iter(names.forms(name, value.shape)), None)
+        if form and any(part.changes_values for part in form.forms()):
+            raise CheckpointError(
+                f"{checkpoint.folder} is dense, and MLX stores {name} with other values "
+                "than transformers. Quantize it with affine-tensor convert, or take the "
+                "original"
+            )
 
 
 def fuse(loaded: Loaded) -> None:
