@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from affine_tensor import CheckpointError
-from affine_tensor.checkpoint.forms import PlusOne
+from affine_tensor.checkpoint.forms import PlusOne, RowOrder
 from affine_tensor.checkpoint.names import Names
 from affine_tensor.cli import models
 
@@ -61,9 +63,18 @@ def test_a_format_that_is_not_read(dense: Path) -> None:
         load(dense)
 
 
+def reversed_rows(name: str) -> RowOrder:
+    return RowOrder(name, lambda count: torch.arange(count - 1, -1, -1))
+
+
 @pytest.mark.parametrize("writer", ["mlx", "pt"])
+@pytest.mark.parametrize(
+    ("ending", "form"),
+    [("norm.weight", PlusOne), ("q_proj.weight", reversed_rows)],
+    ids=["values", "rows"],
+)
 def test_values_that_mlx_stores_otherwise(
-    writer: str, dense: Path, monkeypatch: pytest.MonkeyPatch
+    writer: str, ending: str, form: Any, dense: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A stand-in for an architecture that has them, under transformers' names.
     (file,) = dense.glob("*.safetensors")
@@ -71,18 +82,15 @@ def test_values_that_mlx_stores_otherwise(
     assert not load(dense).packed
     forms = Names.forms
 
-    def with_norms_of_mlx(names: Names, name: str, shape: Any) -> Any:
-        return (
-            [PlusOne(name)]
-            if name.endswith("norm.weight")
-            else forms(names, name, shape)
-        )
+    def with_those_of_mlx(names: Names, name: str, shape: Any) -> Any:
+        return [form(name)] if name.endswith(ending) else forms(names, name, shape)
 
-    monkeypatch.setattr(Names, "forms", with_norms_of_mlx)
+    monkeypatch.setattr(Names, "forms", with_those_of_mlx)
     if writer == "pt":
         load(dense)
         return
-    with pytest.raises(CheckpointError, match=r"MLX stores .*norm\.weight with other"):
+    message = rf"MLX stores .*{re.escape(ending)} with other"
+    with pytest.raises(CheckpointError, match=message):
         load(dense)
 
 

@@ -268,40 +268,18 @@ def _load_dense(checkpoint: Checkpoint, options: dict[str, Any]) -> Any:
     """By transformers itself, which would make up what is not there, and say so."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from ..hf.convert import check_format
+    from ..hf.convert import check_dense
     from ..hf.loading import _check_loaded
-    from ..hf.pretrained import _class_of, refuse_adapter
+    from ..hf.pretrained import _class_of
 
-    check_format(checkpoint)
-    refuse_adapter(checkpoint.folder)
+    check_dense(checkpoint.folder, checkpoint)
     config = AutoConfig.from_pretrained(checkpoint.folder)
     own_class, config = _class_of(AutoModelForCausalLM, config)
     model, info = own_class.from_pretrained(
         checkpoint.folder, config=config, output_loading_info=True, **options
     )
     _check_loaded(checkpoint.folder, info)
-    _refuse_values_of_mlx(checkpoint, model)
     return model.eval()
-
-
-def _refuse_values_of_mlx(checkpoint: Checkpoint, model: Any) -> None:
-    """Raise CheckpointError where MLX has other numbers under transformers' names, such as
-    norms with one added, and these files are MLX's."""
-    from ..checkpoint.files import CheckpointError
-    from ..checkpoint.names import Names
-    from ..hf.convert import is_dense_of_mlx
-
-    if not is_dense_of_mlx(checkpoint):
-        return
-    names = Names(model)
-    for name, value in model.named_parameters():
-        form = next(iter(names.forms(name, value.shape)), None)
-        if form and any(part.changes_values for part in form.forms()):
-            raise CheckpointError(
-                f"{checkpoint.folder} is dense, and MLX stores {name} with other values "
-                "than transformers. Quantize it with affine-tensor convert, or take the "
-                "original"
-            )
 
 
 def fuse(loaded: Loaded) -> None:

@@ -10,17 +10,13 @@ from .. import layout
 from ..checkpoint.companions import has_tokenizer
 from ..checkpoint.files import Checkpoint, CheckpointError, fetch, open_checkpoint
 from ..checkpoint.formats import recognizes
-from ..checkpoint.forms import Stored
-from ..checkpoint.load import make_plan
 from ..checkpoint.save import SaveReport, Unsupported, check_free, save_checkpoint
 from ..quantize import AffineConfig, slots
 from ..recipes import module_paths
 from .choices import Choices
 from .config import AffineQuantizationConfig
-from .convert import _bars, check_apart, check_format, is_dense_of_mlx
+from .convert import _bars, check_apart, check_dense
 from .loading import _check_loaded
-from .pretrained import refuse_adapter
-from .skeleton import skeleton
 
 
 def convert_calibrated(
@@ -110,23 +106,13 @@ def _read(file: Path) -> str:
 
 
 def _check_source(source: str | Path, checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError for what transformers would not load as it is meant."""
-    check_format(checkpoint)
+    """Raise CheckpointError, or FileNotFoundError, for what cannot be calibrated."""
     if recognizes(checkpoint):
         raise CheckpointError(
             f"{source} is quantized already; a dense checkpoint is calibrated. Take the "
             "original"
         )
-    refuse_adapter(checkpoint.folder)
-    if is_dense_of_mlx(checkpoint):
-        for item in make_plan(skeleton(checkpoint), checkpoint).items:
-            alike = isinstance(item.form, Stored) or not item.leaves
-            if not alike or {*item.leaves} - {item.target.name}:
-                raise CheckpointError(
-                    f"{source} is dense, and has MLX's names and forms, as "
-                    f"{next(iter(item.leaves))}; calibration needs the original's. Take "
-                    "what it was made of"
-                )
+    check_dense(source, checkpoint)
     if not has_tokenizer(checkpoint.folder):
         raise FileNotFoundError(
             f"{source} has no tokenizer (tokenizer.json), which cuts the calibration text "

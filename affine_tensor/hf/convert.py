@@ -23,7 +23,9 @@ from ..checkpoint.files import (
     fetch,
     open_checkpoint,
 )
+from ..checkpoint.forms import Stored
 from ..checkpoint.inspection import format_of
+from ..checkpoint.load import make_plan
 from ..checkpoint.save import (
     SaveReport,
     ShardWriter,
@@ -36,9 +38,10 @@ from ..recipes import Recipe
 from ..tensor import AffineQuantizedTensor
 from .choices import telling
 from .config import AffineQuantizationConfig
-from .pretrained import from_pretrained
+from .pretrained import from_pretrained, refuse_adapter
 from .register import has_adapter
 from .rewrite import rewrite
+from .skeleton import skeleton
 
 
 class _Sink:
@@ -237,6 +240,24 @@ def is_dense_of_mlx(checkpoint: Checkpoint) -> bool:
             if (opened.metadata() or {}).get("format") != "mlx":
                 return False
     return True
+
+
+def check_dense(source: str | Path, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for what transformers would not load as it is meant: another
+    format, an adapter beside the weights, weights as MLX has them. Of the last it would
+    read some without a word, such as norms with one added and rows in another order."""
+    check_format(checkpoint)
+    refuse_adapter(checkpoint.folder)
+    if not is_dense_of_mlx(checkpoint):
+        return
+    for item in make_plan(skeleton(checkpoint), checkpoint).items:
+        alike = isinstance(item.form, Stored) or not item.leaves
+        if not alike or {*item.leaves} - {item.target.name}:
+            raise CheckpointError(
+                f"{source} is dense, and has MLX's names and forms: MLX stores "
+                f"{item.target.name} with other values, or under another name. Quantize it "
+                "plainly with affine-tensor convert, or take what it was made of"
+            )
 
 
 @contextlib.contextmanager
